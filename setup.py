@@ -1,0 +1,48 @@
+"""Packaging. The exact versions CI runs with are in constraints.txt."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mae_jax/__init__.py").read_text()).group(1)
+
+DEMO = ["scikit-image>=0.25", "scikit-learn>=1.5"]
+
+setup(
+    name="mae_jax",
+    version=VERSION,
+    description="Masked Autoencoders in JAX and Flax, from one CPU to a TPU pod",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8; sys_platform != 'win32'",
+        "clu>=0.0.12",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "jax>=0.8",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "simplejpeg>=1.8",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "tensorboard": ["tensorflow>=2.20"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "plan": ["libtpu"],
+    },
+)
