@@ -1,0 +1,34 @@
+"""Analytic matrix-multiply work, the basis of MFU.
+
+Compiler counts are not used: they count the body of a scan once.
+"""
+
+from mae_jax.models.mae import MAE
+from mae_jax.models.masking import num_kept
+from mae_jax.models.vit import MLP_RATIO
+
+
+def stack_macs(tokens: int, width: int, depth: int) -> int:
+    """Multiply-adds of one image through a stack of transformer blocks."""
+    weights = (4 + 2 * MLP_RATIO) * width * width  # qkv, proj, fc1, fc2
+    attention = 2 * tokens * width  # scores and weighted sum, per token
+    return depth * tokens * (weights + attention)
+
+
+def mae_forward_macs(model: MAE, mask_ratio: float) -> int:
+    """Multiply-adds of one image through encoder and decoder."""
+    encoder, decoder = model.encoder, model.decoder
+    patches = encoder.grid[0] * encoder.grid[1]
+    kept = num_kept(patches, mask_ratio)
+    return (
+        patches * decoder.patch_values * encoder.width
+        + stack_macs(1 + kept, encoder.width, encoder.depth)
+        + (1 + kept) * encoder.width * decoder.width
+        + stack_macs(1 + patches, decoder.width, decoder.depth)
+        + (1 + patches) * decoder.width * decoder.patch_values
+    )
+
+
+def train_flops(forward_macs: int) -> int:
+    """FLOPs of a training step per image: two per multiply-add, backward twice the forward."""
+    return 3 * 2 * forward_macs

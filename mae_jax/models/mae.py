@@ -1,0 +1,138 @@
+"""The masked autoencoder: encoder on visible patches, light decoder, loss on removed patches."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mae_jax.models.masking import Masking
+from mae_jax.models.targets import TARGETS, patchify
+from mae_jax.models.vit import (
+    VARIANTS,
+    Blocks,
+    ViT,
+    dense,
+    layer_norm,
+    sincos_position_table,
+)
+
+
+class Decoder(nn.Module):
+    """Predicts every patch from the encoded visible ones (paper section 3, "MAE decoder")."""
+
+    grid: tuple[int, int]
+    patch_values: int  # p * p * C
+    width: int
+    depth: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+    stacking: str = "unrolled"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
+        """Decodes latent [B, 1 + K, D] with ids_restore [B, L] into predictions [B, L, p*p*C]."""
+        kept = latent.shape[1] - 1
+        x = dense(self.width, self.dtype, "embed")(latent)  # [B, 1 + K, Dd]
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        mask_token = jnp.broadcast_to(mask_token.astype(self.dtype), (x.shape[0], 1, self.width))
+        # Row K of `visible` is the mask token: every removed patch reads it.
+        visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
+        patches = restore_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
+        x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1 + L, Dd]
+        x = x + jnp.asarray(sincos_position_table(self.width, self.grid)).astype(self.dtype)
+        x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
+        x = layer_norm(self.dtype, "norm")(x)
+        return dense(self.patch_values, self.dtype, "pred")(x)[:, 1:]
+
+
+def restore_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    """Spreads tokens [B, K + 1, D] over the L positions of `ids` [B, L]: [B, L, D]."""
+    return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
+
+
+class MAEOutput(NamedTuple):
+    """Attributes: loss [B] float32 per image; predictions [B, L, p*p*C] float32."""
+
+    loss: jax.Array
+    predictions: jax.Array
+
+
+class MAE(nn.Module):
+    """Masked autoencoder.
+
+    Attributes:
+      target: a name in `targets.TARGETS`.
+    """
+
+    encoder: ViT
+    decoder: Decoder
+    target: str = "norm_pixel"
+
+    def __call__(self, images: jax.Array, masking: Masking) -> MAEOutput:
+        """Reconstructs the removed patches of images [B, H, W, C] (float, normalised)."""
+        latent = self.encoder(images, masking.ids_keep)  # [B, 1 + K, D]
+        predictions = self.decoder(latent, masking.ids_restore).astype(jnp.float32)
+        patches = patchify(images.astype(jnp.float32), self.encoder.patch_size)  # [B, L, p*p*C]
+        target = TARGETS[self.target](patches)
+        return MAEOutput(masked_loss(predictions, target, masking.mask), predictions)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Features of whole images, nothing masked: [B, 1 + L, D], patches in their order."""
+        return self.encoder(images)
+
+
+def masked_loss(predictions: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared error over the removed patches of each image: [B].
+
+    Args:
+      predictions, target: [B, L, p*p*C] float32.
+      mask: [B, L], 1 = removed. Every image has the same number of removed patches, so the mean
+        of the result over images is the mean over all removed patches.
+    """
+    error = jnp.square(predictions - target).mean(axis=-1)  # [B, L]
+    return (error * mask).sum(axis=-1) / mask.sum(axis=-1)
+
+
+def create_mae(
+    *,
+    variant: str,
+    patch_size: int,
+    image_size: tuple[int, int],
+    channels: int,
+    decoder_width: int,
+    decoder_depth: int,
+    decoder_heads: int,
+    target: str,
+    dtype: jnp.dtype,
+    width: int = 0,
+    depth: int = 0,
+    heads: int = 0,
+    stacking: str = "unrolled",
+    remat: str = "none",
+) -> MAE:
+    """Builds the model; `width`, `depth`, `heads` other than 0 override the variant's."""
+    shape = VARIANTS[variant]
+    encoder = ViT(
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=channels,
+        width=width or shape.width,
+        depth=depth or shape.depth,
+        heads=heads or shape.heads,
+        dtype=dtype,
+        stacking=stacking,
+        remat=remat,
+    )
+    decoder = Decoder(
+        grid=encoder.grid,
+        patch_values=patch_size**2 * channels,
+        width=decoder_width,
+        depth=decoder_depth,
+        heads=decoder_heads,
+        dtype=dtype,
+        stacking=stacking,
+        remat=remat,
+    )
+    return MAE(encoder=encoder, decoder=decoder, target=target)

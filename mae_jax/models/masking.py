@@ -1,0 +1,70 @@
+"""Which patches the encoder sees (paper section 3, figure 6).
+
+Every sampler gives each patch of one image a score; the `num_kept` patches with the lowest scores
+stay visible. To add a sampler write `key, grid -> [L] scores` and enter it in `SAMPLERS`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Masking(NamedTuple):
+    """One independent mask per image.
+
+    Attributes:
+      ids_keep: [B, K] int32, positions of the visible patches, in the order the encoder sees them.
+      ids_restore: [B, L] int32, the rank of each patch: below K it is visible and `ids_restore`
+        is its row among the visible ones.
+      mask: [B, L] float32, 0 = visible, 1 = removed.
+    """
+
+    ids_keep: jax.Array
+    ids_restore: jax.Array
+    mask: jax.Array
+
+
+def random_scores(key: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Uniform noise: keeping the lowest scores is sampling without replacement."""
+    return jax.random.uniform(key, (grid[0] * grid[1],))
+
+
+SAMPLERS: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
+    "random": random_scores,
+}
+
+
+def num_kept(num_patches: int, ratio: float) -> int:
+    """Patches that stay visible: `int(L * (1 - ratio))` in floats, as in the reference.
+
+    The truncation includes the rounding error of `1 - ratio`: (200, 0.8) keeps 39, not 40.
+    """
+    return int(num_patches * (1 - ratio))
+
+
+def masking_from_scores(scores: jax.Array, kept: int) -> Masking:
+    """Keeps the `kept` lowest of `scores` [B, L] in each image."""
+    ids_shuffle = jnp.argsort(scores, axis=1)  # [B, L]
+    ids_restore = jnp.argsort(ids_shuffle, axis=1)  # [B, L]
+    mask = (ids_restore >= kept).astype(jnp.float32)
+    return Masking(ids_shuffle[:, :kept], ids_restore, mask)
+
+
+def sample_masking(kind: str, keys: jax.Array, grid: tuple[int, int], ratio: float) -> Masking:
+    """Draws one mask per image.
+
+    Args:
+      kind: a name in `SAMPLERS`.
+      keys: [B] one random key per image, so that the masks do not depend on the device count.
+      grid: patches down and across.
+      ratio: share of patches removed, 0 <= ratio < 1.
+    """
+    scores = jax.vmap(lambda key: SAMPLERS[kind](key, grid))(keys)  # [B, L]
+    return masking_from_scores(scores, num_kept(grid[0] * grid[1], ratio))
+
+
+def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    """Picks rows of `tokens` [B, N, D] by `ids` [B, K]: [B, K, D]."""
+    return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)

@@ -1,0 +1,223 @@
+"""The Vision Transformer of MAE, as plain maths on arrays (paper appendix A.1)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.models.attention import attention
+from mae_jax.models.masking import take_tokens
+from mae_jax.models.targets import patchify
+
+
+class Shape(NamedTuple):
+    """Size of a transformer stack."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+VARIANTS = {
+    "ti": Shape(192, 12, 3),
+    "s": Shape(384, 12, 6),
+    "b": Shape(768, 12, 12),
+    "l": Shape(1024, 24, 16),
+    "h": Shape(1280, 32, 16),
+}
+
+MLP_RATIO = 4
+LAYER_NORM_EPS = 1e-6
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def sincos_position_table(width: int, grid: tuple[int, int]) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions with a zero row for the class token: [1 + L, D] float32.
+
+    Channels are [sin(column), cos(column), sin(row), cos(row)], a quarter of the width each, with
+    frequencies 10000^(-i / (D/4)). Computed in float64.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}")
+    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    column_angles = columns.reshape(-1, 1) * frequencies  # [L, D/4]
+    row_angles = rows.reshape(-1, 1) * frequencies  # [L, D/4]
+    table = np.concatenate(
+        [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)],
+        axis=1,
+    )
+    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+
+
+def dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+    """A linear layer as the reference initialises it: Xavier-uniform weight, zero bias."""
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+
+def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """Layer norm with eps 1e-6; statistics in float32 and by the two-pass formula."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value projection."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, n, d = x.shape
+        # Fused, because Xavier on [D, 3D] draws weights sqrt(2) smaller than on [D, D].
+        qkv = dense(3 * d, self.dtype, "qkv")(x)  # [B, N, 3D]
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
+        x = attention(q, k, v)  # [B, N, heads, head_dim]
+        return dense(d, self.dtype, "proj")(x.reshape(b, n, d))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        x = dense(MLP_RATIO * d, self.dtype, "fc1")(x)  # [B, N, 4D]
+        x = nn.gelu(x, approximate=False)
+        return dense(d, self.dtype, "fc2")(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = layer_norm(self.dtype, "norm1")(x)
+        x = x + Attention(self.heads, self.dtype, name="attn")(y)
+        y = layer_norm(self.dtype, "norm2")(x)
+        return x + Mlp(self.dtype, name="mlp")(y)
+
+
+class Blocks(nn.Module):
+    """A stack of blocks with parameters `0`, `1`, ... whichever way the stack is computed.
+
+    Attributes:
+      stacking: `unrolled` compiles every block by itself (fastest); `scan` compiles one block and
+        loops (compiles about three times faster). Same parameters, same numbers.
+      remat: what the backward pass recomputes. `none` nothing, `dots` all but the results of
+        matrix products with weights, `full` everything inside a block.
+    """
+
+    depth: int
+    heads: int
+    dtype: jnp.dtype
+    stacking: str = "unrolled"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_initializing():
+            for i in range(self.depth):
+                x = Block(self.heads, self.dtype, name=str(i))(x)
+            return x
+
+        block = Block(self.heads, self.dtype, parent=None)
+
+        def run(x: jax.Array, params: dict) -> jax.Array:
+            return block.apply({"params": params}, x)
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        params = [self.variables["params"][str(i)] for i in range(self.depth)]
+        if self.stacking == "unrolled":
+            for p in params:
+                x = run(x, p)
+            return x
+        # Matrices are used in the compute type anyway; stacking them in it halves the copy.
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.stack([p.astype(self.dtype) if p.ndim > 1 else p for p in leaves]),
+            *params,
+        )
+        x, _ = jax.lax.scan(lambda x, p: (run(x, p), None), x, stacked)
+        return x
+
+
+def _patch_bias_init(fan_in: int) -> nn.initializers.Initializer:
+    # The reference leaves its patch convolution's bias at the default of torch.
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class ViT(nn.Module):
+    """The encoder: images in, normalised tokens out.
+
+    Attributes:
+      image_size: height and width in pixels, each divisible by `patch_size`.
+      channels: of the input images.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+    stacking: str = "unrolled"
+    remat: str = "none"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @nn.compact
+    def __call__(self, images: jax.Array, ids_keep: jax.Array | None = None) -> jax.Array:
+        """Encodes the visible patches, or all of them.
+
+        Args:
+          images: [B, H, W, C] float, normalised.
+          ids_keep: [B, K] patches to encode; None encodes all L in their order.
+
+        Returns:
+          [B, 1 + K, D] tokens in the compute type, the class token first.
+        """
+        expected = (*self.image_size, self.channels)
+        if images.shape[1:] != expected:
+            raise ValueError(f"images are {images.shape[1:]}, the model takes {expected} (H, W, C)")
+        positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, D]
+        positions = positions.astype(self.dtype)
+
+        x = patchify(images, self.patch_size)  # [B, L, p*p*C]
+        x = nn.Dense(
+            self.width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=_patch_bias_init(x.shape[-1]),
+            name="patch_embed",
+        )(x)
+        x = x + positions[1:]  # [B, L, D]
+        if ids_keep is not None:
+            x = take_tokens(x, ids_keep)  # [B, K, D]
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        cls = cls.astype(self.dtype) + positions[0]
+        cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
+        x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + K, D]
+        x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
+        return layer_norm(self.dtype, "norm")(x)
