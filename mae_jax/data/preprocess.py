@@ -1,0 +1,86 @@
+"""What happens to pixels on the device, inside the compiled step."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Mean and standard deviation of ImageNet's pixels in [0, 1], red, green, blue (reference recipe).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def example_keys(key: jax.Array, step: jax.Array | int, positions: jax.Array) -> jax.Array:
+    """One random key per example, the same whatever the number of devices.
+
+    Args:
+      key: the run's key for this purpose.
+      step: optimizer step.
+      positions: int32 [B], places of the examples in the global batch of that step.
+
+    Returns:
+      keys [B], functions of (key, step, position) alone.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions)
+
+
+def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability 1/2.
+
+    Args:
+      images: [B, H, W, C].
+      keys: [B].
+
+    Returns:
+      [B, H, W, C], same dtype.
+    """
+    flip = jax.vmap(jax.random.bernoulli)(keys)  # [B]
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Maps uint8 pixels to float32 with the dataset's mean and deviation taken out.
+
+    Args:
+      images: uint8 [B, H, W, C].
+      mean, std: C values each, of pixels in [0, 1].
+
+    Returns:
+      float32 [B, H, W, C].
+
+    Raises:
+      ValueError: ``mean`` or ``std`` does not have C values.
+    """
+    mean, std = _per_channel(images, mean, std)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Inverse of `normalize`: rounds and clips to what a picture can show.
+
+    Args:
+      images: float [B, H, W, C].
+      mean, std: C values each, as given to `normalize`.
+
+    Returns:
+      uint8 [B, H, W, C].
+
+    Raises:
+      ValueError: ``mean`` or ``std`` does not have C values.
+    """
+    mean, std = _per_channel(images, mean, std)
+    pixels = (images.astype(jnp.float32) * std + mean) * 255.0
+    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+
+
+def _per_channel(
+    images: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> tuple[jax.Array, jax.Array]:
+    channels = images.shape[-1]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"images have {channels} channels, but mean has {len(mean)} values and std {len(std)}: "
+            "give one of each per channel"
+        )
+    return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)

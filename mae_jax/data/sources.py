@@ -1,0 +1,43 @@
+"""Where pictures come from: any TFDS dataset, a folder of images, or the embedded default."""
+
+from mae_jax.data.record import DecodeError, Record, Source
+
+__all__ = ["DecodeError", "Record", "Source", "open_source"]
+
+
+def open_source(name: str, data_dir: str | None, split: str) -> Source:
+    """Opens one split of a dataset.
+
+    Args:
+      name: ``demo`` (photographs that ship with scikit-image and scikit-learn), ``folder`` (a
+        folder of images), or a TFDS dataset: ``name``, ``name:version``, ``name/config:version``.
+      data_dir: the folder of images, or the folder TFDS prepared datasets in; unused by ``demo``.
+      split: a split in TFDS notation, e.g. ``train``, ``train[:10%]``, ``train[-64:]``.
+
+    Returns:
+      A picklable source with random access to its records.
+
+    Raises:
+      ValueError: a field that cannot be right; FileNotFoundError: data that is not there;
+      ImportError: ``demo`` without its extra. Each message names the field and the remedy.
+    """
+    if not name:
+        raise ValueError("data.name is empty: give `demo`, `folder` or the name of a TFDS dataset")
+    # One import per kind of source: TFDS takes half a second that the others need not spend.
+    if name == "demo":
+        from mae_jax.data.demo import DemoSource
+
+        return DemoSource(split)
+    if not data_dir:
+        raise ValueError(
+            f"data.dir is not set, and data.name={name!r} needs it: the folder of images for "
+            "`folder`, the folder given to `tfds build --data_dir` for a TFDS dataset "
+            "(TFDS itself uses ~/tensorflow_datasets)"
+        )
+    if name == "folder":
+        from mae_jax.data.folder import FolderSource
+
+        return FolderSource(data_dir, split)
+    from mae_jax.data.tfds_source import TfdsSource
+
+    return TfdsSource(name, data_dir, split)

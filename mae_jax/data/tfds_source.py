@@ -1,0 +1,212 @@
+"""TFDS datasets as prepared on disk, read without TensorFlow."""
+
+import os
+import pathlib
+import re
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tensorflow_datasets.proto import tf_example_pb2
+
+from mae_jax.data.record import DecodeError, Record, split_error
+from mae_jax.data.tfrecord import TfrecordReader
+
+
+class TfdsSource:
+    """Records of one split of a prepared TFDS dataset, pictures still encoded.
+
+    Files are those `tfds build` writes, in `array_record` (read natively) or in `tfrecord` (read
+    through an offset index built once, see `mae_jax.data.tfrecord`).
+    """
+
+    def __init__(self, name: str, data_dir: str, split: str):
+        """Reads the dataset's metadata and finds its files.
+
+        Args:
+          name: ``name``, ``name:version`` or ``name/config:version``.
+          data_dir: the folder that holds ``<name>/[<config>/]<version>/``.
+          split: in TFDS notation.
+
+        Raises:
+          FileNotFoundError: the dataset, or one of its shards, is not there.
+          ValueError: unknown split, no picture in the records, or a damaged shard.
+        """
+        self.name, self.split = name, split
+        folder = find_dataset(name, data_dir)
+        info = tfds.builder_from_directory(folder).info
+        self._image_key = _image_key(folder, info)
+        self._label_key = _label_key(info)
+        self.num_classes, self.class_names = None, None
+        if self._label_key is not None:
+            feature = info.features[self._label_key]
+            self.num_classes = feature.num_classes
+            # Without a names file TFDS makes names up: "0", "1", ...
+            if list(feature.names) != [str(i) for i in range(feature.num_classes)]:
+                self.class_names = list(feature.names)
+
+        try:
+            pieces = info.splits[split].file_instructions
+        except Exception as e:  # ValueError, KeyError, or either re-raised with notes
+            lengths = {name: s.num_examples for name, s in info.splits.items()}
+            raise split_error(split, lengths, e) from e
+        pieces = [p for p in pieces if p.take]
+        if not pieces:
+            lengths = {name: s.num_examples for name, s in info.splits.items()}
+            raise split_error(split, lengths, "it holds no record")
+        paths = [os.fspath(p.filename) for p in pieces]
+        if absent := [p for p in paths if not os.path.exists(p)]:
+            raise FileNotFoundError(
+                f"data.dir: {len(absent)} of {len(paths)} shards of {name} {split!r} are missing, "
+                f"the first is {absent[0]}. {_how_to_prepare(name, data_dir)}"
+            )
+        self._ends = np.cumsum([p.take for p in pieces])  # [number of pieces]
+        self._skips = [p.skip for p in pieces]
+        _allow_open_files(len(paths))
+        file_format = info.file_format.value
+        if file_format == "array_record":
+            self._reader = ArrayRecordDataSource(pieces)
+        elif file_format == "tfrecord":
+            self._reader = TfrecordReader(paths, [p.examples_in_shard for p in pieces])
+        else:
+            raise ValueError(
+                f"data.dir: {folder} is in the format {file_format!r}; array_record and tfrecord "
+                f"can be read. {_how_to_prepare(name, data_dir)}"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        name = f"{self.name}/{self.split}#{index}"
+        if not 0 <= index < len(self):
+            raise IndexError(name)
+        try:
+            if isinstance(self._reader, TfrecordReader):
+                piece = int(np.searchsorted(self._ends, index, side="right"))
+                start = self._ends[piece - 1] if piece else 0
+                data = self._reader.read(piece, int(index - start) + self._skips[piece])
+            else:
+                data = self._reader[index]
+            features = tf_example_pb2.Example.FromString(data).features.feature
+        except Exception as e:  # both readers raise plain RuntimeError or their own kinds
+            raise DecodeError(f"{name}: the record cannot be read: {e}") from e
+        if "file_name" in features and features["file_name"].bytes_list.value:
+            name += f" ({features['file_name'].bytes_list.value[0].decode(errors='replace')})"
+        if self._image_key not in features or not features[self._image_key].bytes_list.value:
+            raise DecodeError(f"{name}: the record has no feature {self._image_key!r}")
+        label = -1
+        if self._label_key is not None and self._label_key in features:
+            label = features[self._label_key].int64_list.value[0]
+        return Record(features[self._image_key].bytes_list.value[0], label, name)
+
+
+def find_dataset(name: str, data_dir: str) -> str:
+    """The folder ``<data_dir>/<name>/[<config>/]<version>`` of a prepared dataset.
+
+    Takes the newest version when ``name`` gives none, the only config when it gives none.
+
+    Raises:
+      FileNotFoundError: nothing there; the message lists what is, and how to prepare the dataset.
+      ValueError: ``name`` is malformed or leaves several configs to choose from.
+    """
+    if "://" in data_dir:
+        raise ValueError(
+            f"data.dir={data_dir!r} is not a local path; mount the bucket (e.g. with gcsfuse) or "
+            "copy the dataset, then give the local folder"
+        )
+    parsed = re.fullmatch(r"([\w-]+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
+    if not parsed:
+        raise ValueError(
+            f"data.name={name!r} is not `demo`, `folder`, or a TFDS dataset written as `name`, "
+            "`name:1.2.3`, `name/config` or `name/config:1.2.3`"
+        )
+    dataset, config, version = parsed.groups()
+    root = pathlib.Path(data_dir).expanduser().absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.dir: there is no folder {root}")
+    folder = root / dataset / config if config else root / dataset
+    versions = _versions(folder)
+    if not versions and not config and folder.is_dir():
+        configs = sorted(d.name for d in folder.iterdir() if d.is_dir() and _versions(d))
+        if len(configs) > 1:
+            raise ValueError(
+                f"data.name: {dataset} is prepared in several configs; choose one of "
+                + ", ".join(f"{dataset}/{c}" for c in configs)
+            )
+        if configs:
+            folder = folder / configs[0]
+            versions = _versions(folder)
+    if version in versions:
+        return str(folder / version)
+    if versions and version is None:
+        return str(folder / versions[-1])
+    if versions:
+        what = f"version {version} of {dataset} is not in {folder}, which has {versions}"
+    else:
+        prepared = sorted(d.name for d in root.iterdir() if d.is_dir())
+        what = f"no prepared dataset at {folder}; folders in {root}: {', '.join(prepared) or '-'}"
+    raise FileNotFoundError(f"data.name / data.dir: {what}. {_how_to_prepare(name, data_dir)}")
+
+
+def _versions(folder: pathlib.Path) -> list[str]:
+    """Versions prepared below ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [d.name for d in folder.iterdir() if (d / "dataset_info.json").is_file()]
+    found = [v for v in found if re.fullmatch(r"\d+\.\d+\.\d+", v)]
+    return sorted(found, key=lambda v: tuple(map(int, v.split("."))))
+
+
+def _how_to_prepare(name: str, data_dir: str) -> str:
+    return (
+        f"Prepare it, where TensorFlow is installed, with `tfds build {name} "
+        f"--data_dir={data_dir} --file_format=array_record` "
+        f"(or tfds.load({name!r}, data_dir={data_dir!r}), which writes tfrecord)."
+    )
+
+
+def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
+    features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
+    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    preferred = [*(info.supervised_keys or ())[:1], "image"]
+    for key in preferred:
+        if key in images:
+            break
+    else:
+        if len(images) != 1:
+            raise ValueError(
+                f"data.name: {folder} must have one picture in a record, `image` or the only "
+                f"Image feature; it has {images or 'none'} among {sorted(features)}"
+            )
+        key = images[0]
+    if np.dtype(features[key].np_dtype) not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"data.name: feature {key!r} of {folder} is {features[key].np_dtype}; pictures of "
+            "8 or 16 bits can be read"
+        )
+    return key
+
+
+def _label_key(info: tfds.core.DatasetInfo) -> str | None:
+    labels = [k for k in info.features if isinstance(info.features[k], tfds.features.ClassLabel)]
+    for key in [*(info.supervised_keys or ())[1:2], "label"]:
+        if key in labels:
+            return key
+    return labels[0] if len(labels) == 1 else None
+
+
+def _allow_open_files(count: int) -> None:
+    """Lets the process hold every shard open: ImageNet has 1,024, the usual limit is 1,024."""
+    import resource  # not on Windows, where array_record does not exist either
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 512  # what the rest of the process may hold
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise OSError(
+            f"the dataset has {count} shards and this process may open {hard} files; "
+            f"raise the limit: ulimit -n {needed}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
