@@ -1,0 +1,97 @@
+"""The device mesh, and arrays laid over it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch as well, and with it parameters and
+optimizer state.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
+
+    Raises:
+      ValueError: the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if data == -1 and fsdp == -1:
+        raise ValueError("mesh.data and mesh.fsdp are both -1: fix one of them")
+    shape = (data, fsdp)
+    if data == -1:
+        shape = (count // fsdp, fsdp)
+    elif fsdp == -1:
+        shape = (data, count // data)
+    if min(shape) < 1 or shape[0] * shape[1] != count:
+        raise ValueError(
+            f"mesh.data = {data} by mesh.fsdp = {fsdp} does not cover the {count} device(s) "
+            "present; -1 for one of them fits it to the other"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=auto, devices=devices)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises ValueError where the batch does not split evenly over devices and micro-batches."""
+    parts = mesh.size * accumulate
+    if batch_size % parts:
+        lower = batch_size // parts * parts
+        raise ValueError(
+            f"batch_size = {batch_size} does not divide over {mesh.size} device(s)"
+            + (f" and optim.accumulate = {accumulate}" if accumulate > 1 else "")
+            + f"; the nearest that do: {lower or parts}, {lower + parts}"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over every device."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def local_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Rows of the global batch that this process's devices hold, ascending: [b] int32."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = [np.arange(batch_size)[index] for index in indices.values()]
+    return np.unique(np.concatenate(rows)).astype(np.int32)
+
+
+def global_batch(
+    batch: dict[str, np.ndarray], positions: np.ndarray, batch_size: int, mesh: Mesh
+) -> Any:
+    """Assembles global arrays [batch_size, ...] from this process's rows [b, ...].
+
+    Args:
+      positions: `local_positions(batch_size, mesh)`, the global row of each local one.
+    """
+    sharding = batch_sharding(mesh)
+
+    def assemble(local: np.ndarray) -> jax.Array:
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(positions, start)
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, rows)
+
+    return jax.tree.map(assemble, batch)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, equal in every process, as fully replicated global arrays."""
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+
+    return jax.tree.map(lambda x: place(np.asarray(x)), tree)

@@ -1,0 +1,190 @@
+"""Checkpoints: Orbax behind one small class.
+
+A checkpoint is the state plus a record (JSON) of everything a resume needs beside it: config, seed,
+data position, elapsed time, and a fingerprint of every tensor, so that a file damaged on disk is
+noticed instead of trained on.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message gives the remedy."""
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """The sum of every leaf's bits, modulo 2^32: [leaves] uint32.
+
+    Integer sums do not depend on order, so the result is the same on any device count.
+    """
+
+    def sum_bits(x: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
+        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jnp.stack([sum_bits(x) for x in jax.tree.leaves(tree)])
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run, the newest `keep` of them.
+
+    Saving is asynchronous: `save` returns once the state is copied off the devices, and a
+    checkpoint gets its final name only when it is complete.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, keep: int):
+        self.directory = pathlib.Path(directory).absolute()
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
+        )
+        return ocp.CheckpointManager(
+            self.directory, options=options, item_names=("state", "record")
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Starts writing the checkpoint of `step`.
+
+        Raises:
+          CheckpointError: this save could not start, or the one before it failed.
+        """
+        record = record | {"fingerprint": jax.device_get(fingerprint(state)).tolist()}
+        with self._explain_failure(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when the save in progress is complete; raises CheckpointError if it failed."""
+        with self._explain_failure(None):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save in progress and releases the directory."""
+        self.wait()
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _explain_failure(self, step: int | None):
+        try:
+            yield
+        except Exception as error:
+            kept = [s for s in self.steps() if s != step]
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}\n"
+                f"Complete checkpoints: {kept or 'none'}. Make room or mend the disk, then start "
+                "the same command again: it continues from the newest of them."
+            ) from error
+
+    def read_record(self, step: int) -> dict[str, Any]:
+        """The record saved with `step`."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )
+        return restored["record"]
+
+    def restore_newest(
+        self, abstract_state: Any, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, as (state, record); None where there is none.
+
+        Args:
+          abstract_state: shapes, types and shardings to restore into. The device count may differ
+            from the run that saved.
+          check: raises if the record belongs to another run; its error is passed on.
+
+        A damaged checkpoint is reported, renamed to `damaged-STEP` and passed over.
+
+        Raises:
+          CheckpointError: there are checkpoints and none is whole.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            state, record, problem = None, None, None
+            try:
+                record = self.read_record(step)
+            except Exception as error:  # Orbax and TensorStore raise many types for bad files.
+                problem = _first_line(error)
+            if record is not None:
+                check(record)
+                try:
+                    state = self._restore_state(step, abstract_state, record["fingerprint"])
+                except Exception as error:
+                    problem = _first_line(error)
+            if _none_in_any_process(problem):
+                return state, record
+            logging.error(
+                "CHECKPOINT %d IN %s IS DAMAGED AND PASSED OVER: %s",
+                step,
+                self.directory,
+                problem or "another process could not read it",
+            )
+            self._set_aside(step)
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; they are kept "
+                "there as damaged-STEP. Start again with a new workdir."
+            )
+        return None
+
+    def _restore_state(self, step: int, abstract_state: Any, expected: list[int]) -> Any:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+        )
+        state = restored["state"]
+        found = np.asarray(jax.device_get(fingerprint(state)))
+        expected = np.asarray(expected, np.uint32)
+        if found.shape != expected.shape:
+            raise CheckpointError(f"{len(expected)} tensors recorded, {len(found)} restored")
+        damaged = np.flatnonzero(found != expected)
+        if damaged.size:
+            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+            name = jax.tree_util.keystr(paths[damaged[0]], simple=True, separator="/")
+            raise CheckpointError(f"{damaged.size} tensor(s) changed on disk, first {name}")
+        return state
+
+    def _set_aside(self, step: int) -> None:
+        self._manager.close()
+        if jax.process_index() == 0:
+            target = self.directory / f"damaged-{step}"
+            number = 1
+            while target.exists():
+                number += 1
+                target = self.directory / f"damaged-{step}-{number}"
+            (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
+        self._manager = self._open()
+
+
+def _none_in_any_process(problem: str | None) -> bool:
+    if jax.process_count() == 1:
+        return problem is None
+    return not multihost_utils.process_allgather(np.asarray(problem is not None)).any()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:500]

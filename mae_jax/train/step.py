@@ -1,0 +1,51 @@
+"""The compiled training step of any task."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from mae_jax.distributed.mesh import batch_sharding, replicated
+from mae_jax.train.loop import add_totals, zero_totals
+from mae_jax.train.state import TrainState
+
+
+def compile_step(task: Any, mesh: Mesh, shardings: Any, target: Any) -> Any:
+    """The compiled training step (state, totals, batch) -> (state, totals)."""
+    lowered = lower_step(task, mesh, shardings, target)
+    start = time.time()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    logging.info(
+        "compiled the step in %.0f s%s",
+        time.time() - start,
+        f"; {memory.temp_size_in_bytes / 1e9:.2f} GB of working memory a device" if memory else "",
+    )
+    return compiled
+
+
+def lower_step(task: Any, mesh: Mesh, shardings: Any, target: Any) -> Any:
+    """The training step, traced for `mesh` but not compiled."""
+
+    def step(state: TrainState, totals: Any, batch: dict) -> tuple[TrainState, Any]:
+        new_state, metrics = task.train_step(state, batch)
+        return new_state, add_totals(totals, metrics, state.step)
+
+    everywhere = replicated(mesh)
+    sharding = batch_sharding(mesh)
+    totals = jax.eval_shape(lambda: zero_totals(task.metric_names))
+    arrays = {"image": (task.image_shape, np.uint8), "label": ((), np.int32)}
+    batch = {
+        name: jax.ShapeDtypeStruct((task.batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
+        if name in task.batch_fields
+    }
+    return jax.jit(
+        step,
+        in_shardings=(shardings, everywhere, sharding),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    ).lower(target, totals, batch)
