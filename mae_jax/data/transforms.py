@@ -20,6 +20,9 @@ cv2.setNumThreads(0)
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
+# Width of the blur before shrinking by s, as Gaussian sigma / s, pixels: the best fit to Pillow's
+# bicubic on 14 ImageNet photographs shrunk by 1.03 to 3 (best sigma 0.35 at 1.03, 0.8 at 2).
+BLUR_PER_SHRINK = 0.39
 EVAL_CROP_RATIO = 224 / 256  # evaluation up to 224 px: short side to 256, centre crop 224
 EVAL_CROP_RATIO_UP_TO = 224  # px; larger inputs are evaluated without cutting the border
 
@@ -61,7 +64,7 @@ def decode(image: bytes | np.ndarray, channels: int, name: str) -> np.ndarray:
 
 
 def _decode_jpeg(image: bytes, channels: int, name: str) -> np.ndarray | None:
-    """None where Pillow has to do it: CMYK and other colour spaces."""
+    """None where Pillow has to do it: CMYK and other colour spaces, stray bytes."""
     try:
         _, _, colorspace, _ = simplejpeg.decode_jpeg_header(image)
         if colorspace not in ("YCbCr", "Gray"):
@@ -72,6 +75,10 @@ def _decode_jpeg(image: bytes, channels: int, name: str) -> np.ndarray | None:
             image, colorspace="RGB" if channels == 3 else "GRAY", fastupsample=True
         )
     except ValueError as e:
+        # Stray bytes between two segments lose nothing, and ImageNet has such files; any other
+        # complaint means that part of the picture would be made up.
+        if "extraneous bytes before marker" in str(e):
+            return None
         raise DecodeError(f"{name}: damaged JPEG ({len(image)} bytes): {e}") from e
 
 
@@ -143,11 +150,12 @@ def random_resized_crop_box(
 
 
 def resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Crops and resizes, antialiased, with OpenCV.
+    """Crops and resizes, antialiased, with OpenCV: close to Pillow's bicubic, five times as fast.
 
-    Averages over areas along a side that shrinks, interpolates with a cubic along one that grows.
-    Within 1.5 grey levels (mean absolute difference) of Pillow's bicubic on photographs, in less
-    than half of its time.
+    OpenCV's cubic looks at 4 x 4 pixels however much a picture shrinks, so along a side that
+    shrinks the crop is first blurred by what its pixels will stand for. On ImageNet photographs at
+    224 px the result is 1.0 grey level (mean absolute difference) from Pillow's; OpenCV's own
+    antialiased resizing, by areas, comes as close in twice the time.
 
     Args:
       image: uint8 [H, W, C].
@@ -159,16 +167,14 @@ def resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     """
     top, left, h, w = box
     crop = image[top : top + h, left : left + w]
-    out_h, out_w = size
-    if h >= out_h and w >= out_w:
-        out = cv2.resize(crop, (out_w, out_h), interpolation=cv2.INTER_AREA)
-    elif h <= out_h and w <= out_w:
-        out = cv2.resize(crop, (out_w, out_h), interpolation=cv2.INTER_CUBIC)
-    else:
-        # The side that shrinks first: the second pass then has less to do.
-        smaller = cv2.resize(crop, (min(w, out_w), min(h, out_h)), interpolation=cv2.INTER_AREA)
-        out = cv2.resize(smaller, (out_w, out_h), interpolation=cv2.INTER_CUBIC)
-    return out.reshape(out_h, out_w, image.shape[2])  # OpenCV drops a single channel
+    shrink_y, shrink_x = max(1.0, h / size[0]), max(1.0, w / size[1])
+    if shrink_y > 1 or shrink_x > 1:
+        taps = 2 * math.ceil(shrink_x) - 1, 2 * math.ceil(shrink_y) - 1  # 1 tap: left as it is
+        sigma_x, sigma_y = BLUR_PER_SHRINK * shrink_x, BLUR_PER_SHRINK * shrink_y
+        border = cv2.BORDER_REPLICATE
+        crop = cv2.GaussianBlur(crop, taps, sigma_x, sigmaY=sigma_y, borderType=border)
+    out = cv2.resize(crop, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
 
 
 def resize_exact(
@@ -253,14 +259,15 @@ class TrainTransform:
     def __call__(self, record: Record, rng: np.random.Generator) -> np.ndarray:
         """Returns uint8 [*size, channels]. Raises DecodeError naming the record."""
         image = decode(record.image, self.channels, record.name)  # [H, W, C]
-        height, width, _ = image.shape
-        if self.crop == "centre":
-            top, left, h, w = centre_box(height, width, self.size, _eval_crop_ratio(self.size))
-            y, x = int(top), int(left)
-            box = y, x, max(1, min(round(h), height - y)), max(1, min(round(w), width - x))
-        else:
-            box = random_resized_crop_box(rng, height, width, self.scale, self.ratio)
-        return resize(image, box, self.size)
+        return resize(image, self.box(rng, *image.shape[:2]), self.size)
+
+    def box(self, rng: np.random.Generator, height: int, width: int) -> Box:
+        """The crop of a picture of height x width pixels; consumes ``rng`` if it is random."""
+        if self.crop == "random_resized":
+            return random_resized_crop_box(rng, height, width, self.scale, self.ratio)
+        top, left, h, w = centre_box(height, width, self.size, _eval_crop_ratio(self.size))
+        y, x = int(top), int(left)
+        return y, x, max(1, min(round(h), height - y)), max(1, min(round(w), width - x))
 
 
 @dataclasses.dataclass(frozen=True)
