@@ -1,6 +1,5 @@
 """The training loop. It knows no task: a step function, batches, and things to do at intervals."""
 
-import collections
 import contextlib
 import dataclasses
 import sys
@@ -52,8 +51,6 @@ def add_totals(totals: Totals, metrics: Metrics, step: jax.Array) -> Totals:
         jnp.where(first_bad, step, totals.bad_step),
     )
 
-
-STEPS_IN_FLIGHT = 2
 
 StepFn = Callable[[TrainState, Totals, Any], tuple[TrainState, Totals]]
 
@@ -117,7 +114,7 @@ def train(
       NonFiniteLossError: naming the step.
     """
     clock = _Clock()
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None
     totals = place_totals(zero_totals(metric_names))
     bar = _Progress(start_step, total_steps)
@@ -136,11 +133,11 @@ def train(
                 batch = next(batches)
             state, totals = step_fn(state, totals, batch)
             done = step + 1
-            # Keeps the host from running far ahead: bounds the batches held, and makes its clock
-            # the device's. The device always has a step waiting, so it never pauses for this.
-            in_flight.append(totals.count)
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+            # Waits for the step before: bounds the batches held, and makes the host's clock the
+            # device's. The device does not pause for this, it has the step just sent.
+            if previous is not None:
+                previous.block_until_ready()
+            previous = totals.count
             bar.advance()
 
             if done % log_every == 0 or done == total_steps:
