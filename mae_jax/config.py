@@ -101,7 +101,7 @@ def default_config() -> ConfigDict:
     config.pictures = ConfigDict()
     config.pictures.every = 5000  # steps; 0: only at the end
     config.pictures.count = 8  # images in the grid
-    return config
+    return config.lock()
 
 
 # May differ between a checkpoint and the run that continues from it: they change how the run is

@@ -1,0 +1,47 @@
+import jax
+import numpy as np
+import pytest
+
+from mae_jax.distributed import mesh as mesh_lib
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, -1, (1, 8)), (4, 2, (4, 2))]
+)
+def test_minus_one_takes_what_the_other_axis_leaves(data, fsdp, shape):
+    assert tuple(mesh_lib.make_mesh(data, fsdp).shape.values()) == shape
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, -1), (4, 4), (-1, 3), (-1, 16), (-1, -1), (8, 0)])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(data, fsdp):
+    with pytest.raises(ValueError, match=r"mesh\.data"):
+        mesh_lib.make_mesh(data, fsdp)
+
+
+def test_batch_that_does_not_divide_names_the_sizes_that_do():
+    mesh = mesh_lib.make_mesh()
+    mesh_lib.check_batch(64, 2, mesh)
+    with pytest.raises(ValueError, match=r"batch_size = 60 .* 8 device\(s\); .* 56, 64"):
+        mesh_lib.check_batch(60, 1, mesh)
+    with pytest.raises(ValueError, match=r"optim.accumulate = 2; .* 48, 64"):
+        mesh_lib.check_batch(56, 2, mesh)
+
+
+def test_global_batch_puts_every_row_in_its_place():
+    mesh = mesh_lib.make_mesh(2, 4)
+    positions = mesh_lib.local_positions(16, mesh)
+    np.testing.assert_array_equal(positions, np.arange(16))
+    rows = {"image": np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)}
+    batch = mesh_lib.global_batch(rows, positions, 16, mesh)
+    np.testing.assert_array_equal(batch["image"], rows["image"])
+    for shard in batch["image"].addressable_shards:
+        assert shard.data.shape == (2, 3)
+        np.testing.assert_array_equal(shard.data, rows["image"][shard.index])
+
+
+def test_replicated_arrays_are_whole_on_every_device():
+    mesh = mesh_lib.make_mesh()
+    array = mesh_lib.replicate(np.arange(5), mesh)
+    assert array.is_fully_replicated
+    assert len(array.addressable_shards) == len(jax.devices())
+    np.testing.assert_array_equal(array, np.arange(5))

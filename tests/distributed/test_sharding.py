@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mae_jax.data import pipeline
+from mae_jax.distributed import mesh as mesh_lib
+from mae_jax.distributed.sharding import bytes_per_device, gather_params, state_sharding
+from mae_jax.tasks.pretrain import Pretrain, PretrainData
+
+
+def test_matrices_split_on_their_largest_divisible_axis_and_small_tensors_are_copied():
+    mesh = mesh_lib.make_mesh(1, 8)
+    tree = {
+        "encoder": {
+            "mlp": {"kernel": jnp.zeros((16, 64)), "bias": jnp.zeros(64)},
+            "norm1": {"scale": jnp.zeros(64)},
+            "odd": {"kernel": jnp.zeros((15, 24))},
+            "prime": {"kernel": jnp.zeros((7, 9))},
+            "cls_token": jnp.zeros((1, 1, 64)),
+        }
+    }
+    specs = jax.tree.map(lambda s: s.spec, state_sharding(tree, mesh))["encoder"]
+    assert specs["mlp"] == {"kernel": P(None, "fsdp"), "bias": P()}
+    assert specs["odd"]["kernel"] == P(None, "fsdp")
+    assert specs["prime"]["kernel"] == specs["norm1"]["scale"] == specs["cls_token"] == P()
+
+
+def test_optimizer_state_lies_as_its_parameters_do(tiny_config):
+    task = Pretrain(tiny_config, 100, mesh_lib.make_mesh(1, 8))
+    abstract = jax.eval_shape(task.init)
+    shardings = state_sharding(abstract, task.mesh)
+    moments = shardings.opt_state[0]
+    assert moments.mu == shardings.params
+    assert moments.nu == shardings.params
+    replicated = state_sharding(abstract, mesh_lib.make_mesh(8, 1))
+    assert bytes_per_device(abstract, shardings) < 0.3 * bytes_per_device(abstract, replicated)
+
+
+def test_gathered_parameters_are_whole_and_in_the_compute_type():
+    mesh = mesh_lib.make_mesh(1, 8)
+    kernel = jnp.arange(128.0).reshape(8, 16)
+    tree = {"kernel": kernel, "bias": jnp.zeros(16)}
+    split = jax.device_put(tree, state_sharding(tree, mesh))
+    gathered = jax.jit(lambda t: gather_params(t, mesh, jnp.bfloat16))(split)
+    assert gathered["kernel"].is_fully_replicated
+    assert gathered["kernel"].dtype == jnp.bfloat16
+    assert gathered["bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(gathered["kernel"].astype(jnp.float32), kernel)
+
+
+def run_steps(config, devices, data, fsdp, steps=4):
+    """Losses, masks of step 0 and final parameters of a run on this mesh."""
+    mesh = mesh_lib.make_mesh(data, fsdp, jax.devices()[:devices])
+    task = Pretrain(config, 100, mesh)
+    shardings = state_sharding(jax.eval_shape(task.init), mesh)
+    state = jax.jit(task.init, out_shardings=shardings)()
+    step = jax.jit(task.train_step, out_shardings=(shardings, mesh_lib.replicated(mesh)))
+    source = PretrainData(config)
+    positions = mesh_lib.local_positions(config.batch_size, mesh)
+    losses = []
+    with pipeline.train_batches(
+        source.train,
+        source.train_transform,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        positions=positions,
+        start_step=0,
+        end_step=steps,
+        threads=1,
+    ) as batches:
+        for batch in batches:
+            images = {"image": batch["image"]}
+            arrays = mesh_lib.global_batch(images, positions, config.batch_size, mesh)
+            state, metrics = step(state, arrays)
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    ("devices", "data", "fsdp", "accumulate"),
+    [(8, 8, 1, 1), (8, 1, 8, 1), (8, 2, 4, 1), (4, 2, 2, 4)],
+)
+def test_losses_do_not_depend_on_the_mesh(tiny_config, devices, data, fsdp, accumulate):
+    expected, params = run_steps(tiny_config, 1, 1, 1)
+    tiny_config.optim.accumulate = accumulate
+    losses, other_params = run_steps(tiny_config, devices, data, fsdp)
+    assert losses[0] != losses[-1]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), params, other_params
+    )

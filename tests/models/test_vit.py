@@ -1,0 +1,119 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.models.attention import attention
+from mae_jax.models.vit import ViT, sincos_position_table
+
+SMALL = {"image_size": (8, 12), "patch_size": 4, "channels": 2, "width": 32, "depth": 3, "heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("width", "side", "total"),
+    [
+        (768, 14, 69594.4938),
+        (1024, 14, 92849.1979),
+        (1280, 16, 149578.4058),
+        (512, 14, 46340.3331),
+        (512, 16, 59700.6785),
+    ],
+)
+def test_position_table_has_the_reference_values(width, side, total):
+    table = sincos_position_table(width, (side, side))
+    assert table.shape == (1 + side**2, width)
+    np.testing.assert_allclose(table.sum(dtype=np.float64), total, atol=1e-3)
+    assert not table[0].any()
+    # Columns come first: moving one patch right changes channel 0, one down channel D/2.
+    np.testing.assert_allclose(table[2, 0], 0.841471, atol=1e-6)
+    np.testing.assert_allclose(table[1 + side, 0], 0, atol=1e-6)
+    np.testing.assert_allclose(table[1 + side, width // 2], 0.841471, atol=1e-6)
+
+
+def test_attention_equals_numpy():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 3, 8))
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    got = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_softmax_runs_in_float32_under_bfloat16():
+    text = str(jax.make_jaxpr(attention)(*[jnp.zeros((1, 4, 2, 8), jnp.bfloat16)] * 3))
+    (line,) = (line for line in text.splitlines() if " exp " in line)
+    assert "f32" in line
+
+
+@pytest.fixture(scope="module")
+def small():
+    images = jax.random.normal(jax.random.key(1), (2, 8, 12, 2))
+    params = ViT(**SMALL).init(jax.random.key(0), images)
+    return images, params
+
+
+def test_every_stacking_and_remat_gives_the_same_values_and_gradients(small):
+    images, params = small
+
+    weights = jax.random.normal(jax.random.key(2), (2, 7, 32))
+
+    def run(stacking, remat):
+        model = ViT(**SMALL, stacking=stacking, remat=remat)
+        return jax.jit(
+            jax.value_and_grad(lambda params: (model.apply(params, images) * weights).sum())
+        )(params)
+
+    value, grads = run("unrolled", "none")
+    for stacking, remat in itertools.product(("unrolled", "scan"), ("none", "dots", "full")):
+        other_value, other_grads = run(stacking, remat)
+        np.testing.assert_allclose(value, other_value, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, other_grads
+        )
+
+
+def test_encoding_all_patches_by_id_equals_encoding_whole_images(small):
+    images, params = small
+    model = ViT(**SMALL)
+    whole = model.apply(params, images)  # [B, 1 + L, D]
+    order = np.asarray([[3, 1, 0, 5, 4, 2], [0, 2, 4, 1, 3, 5]])
+    shuffled = model.apply(params, images, jnp.asarray(order))
+    np.testing.assert_allclose(shuffled[:, 0], whole[:, 0], atol=1e-5)
+    for row in range(2):
+        np.testing.assert_allclose(shuffled[row, 1:], whole[row, 1 + order[row]], atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(small):
+    images, params = small
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    exact = ViT(**SMALL).apply(params, images)
+    rough = ViT(**SMALL, dtype=jnp.bfloat16).apply(params, images)
+    assert rough.dtype == jnp.bfloat16
+    assert np.abs(rough.astype(jnp.float32) - exact).mean() < 0.02
+
+
+def test_images_of_another_shape_are_refused(small):
+    _, params = small
+    with pytest.raises(ValueError, match=r"\(8, 8, 2\).*\(8, 12, 2\)"):
+        ViT(**SMALL).apply(params, jnp.zeros((1, 8, 8, 2)))
+
+
+def test_initial_weights_have_the_reference_bounds():
+    model = ViT(image_size=(32, 32), patch_size=16, channels=3, width=768, depth=1, heads=12)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    block = params["blocks"]["0"]
+    for tensor, bound in [
+        (params["patch_embed"]["kernel"], 0.0625),
+        (params["patch_embed"]["bias"], 1 / np.sqrt(768)),
+        (block["attn"]["qkv"]["kernel"], np.sqrt(6 / (4 * 768))),
+        (block["attn"]["proj"]["kernel"], np.sqrt(6 / (2 * 768))),
+        (block["mlp"]["fc1"]["kernel"], np.sqrt(6 / (5 * 768))),
+        (block["mlp"]["fc2"]["kernel"], np.sqrt(6 / (5 * 768))),
+    ]:
+        assert np.abs(tensor).max() <= bound * (1 + 1e-6)  # float32
+        # Uniform within the bound: standard deviation bound / sqrt(3).
+        np.testing.assert_allclose(np.std(tensor), bound / np.sqrt(3), rtol=0.05)
+    assert not block["attn"]["qkv"]["bias"].any()
+    np.testing.assert_allclose(np.std(params["cls_token"]), 0.02, rtol=0.1)

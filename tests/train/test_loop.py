@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.train.loop import Action, NonFiniteLossError, add_totals, train
+
+
+def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
+    """Trains a state that is a step counter; step i reports losses[i]."""
+    intervals, stopped = [], []
+
+    @jax.jit
+    def step_fn(state, totals, batch):
+        return state + 1, add_totals(totals, {"loss": batch}, state)
+
+    def report(interval):
+        intervals.append(interval)
+        return ""
+
+    state, done = train(
+        step_fn,
+        jnp.asarray(start),
+        (jnp.asarray(loss, jnp.float32) for loss in losses[start:]),
+        metric_names=("loss",),
+        place_totals=lambda totals: totals,
+        start_step=start,
+        total_steps=total or len(losses),
+        log_every=log_every,
+        report=report,
+        actions=actions,
+        stop_requested=lambda step: step == stop_at,
+        on_stop=lambda step, state: stopped.append((step, int(state))),
+    )
+    return int(state), done, intervals, stopped
+
+
+def test_every_step_is_reported_once_as_interval_means():
+    state, done, intervals, _ = run([1, 2, 3, 4, 5])
+    assert state == done == 5
+    assert [(i.step, i.steps, i.metrics["loss"]) for i in intervals] == [
+        (2, 2, 1.5),
+        (4, 2, 3.5),
+        (5, 1, 5.0),
+    ]
+
+
+def test_actions_run_in_order_at_their_steps_and_at_the_end():
+    calls = []
+    actions = [
+        Action(0, lambda step, state: calls.append(("end", step, int(state)))),
+        Action(3, lambda step, state: calls.append(("third", step, int(state)))),
+    ]
+    run([0.0] * 7, actions=actions)
+    assert calls == [("third", 3, 3), ("third", 6, 6), ("end", 7, 7), ("third", 7, 7)]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_loss_stops_the_run_naming_its_step_and_saves_nothing_after(bad):
+    saved = []
+    actions = [Action(2, lambda step, state: saved.append(step))]
+    with pytest.raises(NonFiniteLossError, match="at step 4 "):
+        run([1, 1, 1, 1, bad, 1, 1, 1], log_every=1, actions=actions)
+    assert saved == [2, 4]
+
+
+def test_a_non_finite_loss_between_logs_is_seen_before_a_save():
+    saved = []
+    actions = [Action(6, lambda step, state: saved.append(step))]
+    with pytest.raises(NonFiniteLossError, match="at step 3 "):
+        run([1, 1, 1, np.nan, 1, 1, 1], log_every=100, actions=actions)
+    assert saved == []
+
+
+def test_a_stop_request_hands_over_the_state_of_that_step():
+    state, done, intervals, stopped = run([1.0] * 9, stop_at=5)
+    assert (state, done, stopped) == (5, 5, [(5, 5)])
+    assert [i.step for i in intervals] == [2, 4]
+
+
+def test_a_run_continued_in_the_middle_draws_the_batches_from_there():
+    _, _, intervals, _ = run([1, 2, 3, 4, 5, 6], start=3)
+    assert [(i.step, i.metrics["loss"]) for i in intervals] == [(4, 4.0), (6, 5.5)]
