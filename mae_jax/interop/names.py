@@ -1,0 +1,153 @@
+"""What other projects call our tensors.
+
+The official names (facebookresearch/mae `.pth`; timm uses the same) are the hub: every other
+spelling is translated to them and from them. Sources of the spellings: the state dicts of timm
+1.0.31 and of transformers 4.57.6 and 5.23.0.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+Tensors = Mapping[str, np.ndarray]
+
+# Where the parts of our parameter tree live; the first prefix that fits counts.
+_PREFIXES = (
+    ("encoder/patch_embed/", "patch_embed.proj."),
+    ("decoder/blocks/", "decoder_blocks."),
+    ("decoder/mask_token", "mask_token"),
+    ("decoder/", "decoder_"),
+    ("encoder/", ""),
+    ("fc_norm/", "fc_norm."),
+    ("head/", "head."),
+)
+_DECODER = re.compile(r"mask_token$|decoder_")
+
+# Hugging Face: part of a block -> official part. Two spellings are in circulation: the one on the
+# hub, written by transformers up to 4, and the one transformers 5 has in memory.
+_HF_BLOCK_PARTS = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.attention.query": "q",
+    "attention.attention.key": "k",
+    "attention.attention.value": "v",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_HF_BLOCK_PARTS_V5 = {
+    "attention.q_proj": "q",
+    "attention.k_proj": "k",
+    "attention.v_proj": "v",
+    "attention.o_proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_HF_TOP = {
+    "vit.embeddings.cls_token": "cls_token",
+    "vit.embeddings.position_embeddings": "pos_embed",
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "vit.layernorm": "norm",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
+    "classifier": "head",
+}
+_HF_STACKS = {
+    "vit.encoder.layer": "blocks",
+    "vit.layers": "blocks",
+    "decoder.decoder_layers": "decoder_blocks",
+    # save_pretrained of transformers 5.23 spells the decoder this way by mistake.
+    "decoder.decoder_encoder.layer": "decoder_blocks",
+}
+_HF_BLOCK = re.compile(rf"({'|'.join(map(re.escape, _HF_STACKS))})\.(\d+)\.(.+)\.(weight|bias)$")
+_HF_WITHOUT_VIT = re.compile(r"(embeddings\.|encoder\.layer\.|layers\.\d|layernorm\.)")
+
+
+def official_name(path: str) -> str:
+    """The official name of one of our parameters: `encoder/norm/scale` -> `norm.weight`."""
+    for ours, theirs in _PREFIXES:
+        if path.startswith(ours):
+            name = theirs + path.removeprefix(ours)
+            return re.sub(r"\.(kernel|scale)$", ".weight", name.replace("/", "."))
+    raise ValueError(f"parameter {path} has no name outside this project")
+
+
+def our_path(name: str) -> str:
+    """The inverse of `official_name`."""
+    for ours, theirs in _PREFIXES:
+        if name.startswith(theirs):
+            path = (ours + name.removeprefix(theirs)).replace(".", "/")
+            is_norm = path.split("/")[-2].find("norm") >= 0
+            return re.sub(r"/weight$", "/scale" if is_norm else "/kernel", path)
+    raise ValueError(f"tensor {name} is not one of this project's parameters")
+
+
+def is_decoder(name: str) -> bool:
+    """Whether an official name belongs to the decoder."""
+    return _DECODER.match(name) is not None
+
+
+def is_hugging_face(names: Iterable[str]) -> bool:
+    """Whether tensors are spelled as transformers spells ViTMAE and ViT."""
+    return any("embeddings.patch_embeddings.projection." in name for name in names)
+
+
+def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Hugging Face names -> official names; query, key and value become one tensor.
+
+    Takes the hub's names, those of transformers 5, the misspelled decoder of its
+    `save_pretrained`, and files of a bare ViTMAEModel or ViTModel (no `vit.`). Names that are none
+    of these are kept as they are, for the caller to refuse.
+    """
+    official: dict[str, np.ndarray] = {}
+    split: dict[str, dict[str, np.ndarray]] = {}  # fused name -> q, k, v
+    for original, tensor in tensors.items():
+        name = f"vit.{original}" if _HF_WITHOUT_VIT.match(original) else original
+        if match := _HF_BLOCK.match(name):
+            stack, index, part, leaf = match.groups()
+            part = (_HF_BLOCK_PARTS | _HF_BLOCK_PARTS_V5).get(part, part)
+            block = f"{_HF_STACKS[stack]}.{index}"
+            if part in ("q", "k", "v"):
+                split.setdefault(f"{block}.attn.qkv.{leaf}", {})[part] = tensor
+            else:
+                official[f"{block}.{part}.{leaf}"] = tensor
+            continue
+        stem, _, leaf = name.rpartition(".")
+        if name in _HF_TOP:
+            official[_HF_TOP[name]] = tensor
+        elif stem in _HF_TOP:
+            official[f"{_HF_TOP[stem]}.{leaf}"] = tensor
+        else:
+            official[original] = tensor
+    for name, parts in split.items():
+        if absent := sorted({"q", "k", "v"} - parts.keys()):
+            raise ValueError(f"{name}: the file lacks the {', '.join(absent)} part of this tensor")
+        official[name] = np.concatenate([parts["q"], parts["k"], parts["v"]])
+    return official
+
+
+def to_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Official names -> the names on the hub, which transformers 4 and 5 both read."""
+    top = {theirs: hf for hf, theirs in _HF_TOP.items()}
+    parts = {theirs: hf for hf, theirs in _HF_BLOCK_PARTS.items()}
+    stacks = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
+    renamed: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        if match := re.match(r"((?:decoder_)?blocks)\.(\d+)\.(.+)\.(weight|bias)$", name):
+            stack, index, part, leaf = match.groups()
+            block = f"{stacks[stack]}.{index}"
+            if part == "attn.qkv":
+                for letter, rows in zip("qkv", np.split(tensor, 3), strict=True):
+                    renamed[f"{block}.{parts[letter]}.{leaf}"] = rows
+            else:
+                renamed[f"{block}.{parts[part]}.{leaf}"] = tensor
+        elif name in top:
+            renamed[top[name]] = tensor
+        else:
+            stem, _, leaf = name.rpartition(".")
+            renamed[f"{top[stem]}.{leaf}"] = tensor
+    return renamed
