@@ -1,0 +1,127 @@
+"""The encoder as one self-contained file for serving (StableHLO by `jax.export`)."""
+
+import io
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.interop.build import encoder_params, features_function
+from mae_jax.interop.card import model_card
+from mae_jax.interop.checkpoint import Checkpoint
+from mae_jax.interop.description import WeightsError
+from mae_jax.interop.export import CARD_FILE
+from mae_jax.interop.files import write_atomically
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+FILE = "model.stablehlo"
+LOADER_FILE = "serve.py"
+LOADER_LIBRARY = "flatbuffers.zip"
+
+# The file is a flatbuffer, whose offsets are 32-bit and signed in places.
+MAX_BYTES = 2**31 - 2**26
+
+_LOADER = '''"""Image features. Needs jax and numpy, nothing else.
+
+    import serve
+    features = serve.load()
+    features(images)  # uint8 {shape} -> {{"cls", "mean", "tokens"}}
+
+or `python serve.py images.npy features.npz`.
+"""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def load(path=HERE / "{file}"):
+    """The function in the file: uint8 images of any batch size -> dict of float32 features."""
+    try:
+        import flatbuffers  # noqa: F401  what jax.export reads its files with
+    except ImportError:
+        sys.path.append(str(HERE / "{library}"))
+    from jax import export
+
+    return jax.jit(export.deserialize(bytearray(pathlib.Path(path).read_bytes())).call)
+
+
+if __name__ == "__main__":
+    images, output = sys.argv[1:]
+    np.savez(output, **jax.device_get(load()(np.load(images))))
+'''
+
+
+def export_stablehlo(
+    checkpoint: Checkpoint, directory: str | pathlib.Path, facts: Mapping[str, Any]
+) -> pathlib.Path:
+    """Writes the encoder with its weights and its input normalisation as one function.
+
+    uint8 images [b, H, W, C] of any batch size b -> {"cls": [b, D], "mean": [b, D], "tokens":
+    [b, 1 + L, D]} float32, on CPU, CUDA, ROCm and TPU. Beside the file lie a loader that needs jax
+    and numpy alone (it brings the reader for the format of `jax.export`, 30 kB) and a model card.
+
+    Raises:
+      WeightsError: the weights are too large for the format, or of a model whose features this
+        encoder does not give.
+    """
+    d = checkpoint.description
+    params = encoder_params(checkpoint)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if size > MAX_BYTES:
+        raise WeightsError(
+            f"{checkpoint.source}: {size / 1e9:.2f} GB of weights; the format of jax.export holds "
+            f"at most {MAX_BYTES / 1e9:.2f}. Export with --format=orbax or timm"
+        )
+    features = features_function(d)
+    (b,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, *d.image_size, d.channels), jnp.uint8)
+    constants = jax.tree.map(np.asarray, params)
+    exported = jax.export.export(
+        jax.jit(lambda images: features(constants, images)), platforms=PLATFORMS
+    )(images)
+
+    directory = pathlib.Path(directory)
+    path = directory / FILE
+    write_atomically(path, bytes(exported.serialize()))
+    shape = f"[b, {d.image_size[0]}, {d.image_size[1]}, {d.channels}]"
+    loader = _LOADER.format(shape=shape, file=FILE, library=LOADER_LIBRARY)
+    write_atomically(directory / LOADER_FILE, loader)
+    write_atomically(directory / LOADER_LIBRARY, _reader_library())
+    card = model_card(
+        d,
+        facts,
+        content=f"Image encoder as a StableHLO function, {FILE}: uint8 images {shape} to features; "
+        f"weights and input normalisation are inside. Made with jax {jax.__version__}.",
+        how_to_load=(
+            "import serve  # serve.py of this folder; needs jax and numpy\n\n"
+            "features = serve.load()\n"
+            'features(images)["cls"]'
+        ),
+    )
+    write_atomically(directory / CARD_FILE, card)
+    return path
+
+
+def _reader_library() -> bytes:
+    """The installed flatbuffers package (pure Python, Apache-2.0) as an importable zip.
+
+    `jax.export` reads its own files with it, but jax does not depend on it.
+    """
+    import flatbuffers
+
+    root = pathlib.Path(flatbuffers.__file__).parent
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(root.rglob("*.py")):
+            archive.write(file, f"flatbuffers/{file.relative_to(root)}")
+    return content.getvalue()
