@@ -5,7 +5,6 @@ export/. The same command with the same workdir continues where the run stopped.
 """
 
 import logging as python_logging
-import os
 import pathlib
 import sys
 import time
@@ -26,6 +25,7 @@ from mae_jax.data import pipeline
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed import startup
 from mae_jax.distributed.sharding import bytes_per_device, state_sharding
+from mae_jax.interop.files import write_atomically
 from mae_jax.tasks.pretrain import Pretrain, PretrainData, Reconstructions
 from mae_jax.train.checkpoints import CheckpointError, Checkpoints
 from mae_jax.train.loop import Action, NonFiniteLossError, train
@@ -156,8 +156,8 @@ def run(config: ConfigDict, workdir: str) -> None:
                     report=reporter,
                     actions=[
                         Action(config.eval.every, evaluate),
-                        Action(config.checkpoint.every, save),
                         Action(config.pictures.every, pictures),
+                        Action(config.checkpoint.every, save),  # last: then all of it is done
                     ],
                     stop_requested=stop_signal,
                     on_stop=save,
@@ -174,9 +174,16 @@ def run(config: ConfigDict, workdir: str) -> None:
         return
     params = jax.jit(lambda tree: tree, out_shardings=mesh_lib.replicated(mesh))(state.best_params)
     if jax.process_index() == 0:
-        task.export(
-            jax.device_get(params), path / "export", trained_on=data.train.name, steps=stopped_at
-        )
+        facts = {
+            "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
+            "steps": task.total_steps,
+            "batch size": config.batch_size,
+            "epochs": f"{task.total_steps * config.batch_size / len(data.train):.1f}",
+            "compute type": config.compute_dtype,
+            "weights": "moving average" if state.ema is not None else "of the last step",
+            "trained with": f"mae_jax {mae_jax.__version__}",
+        }
+        task.export(jax.device_get(params), path / "export", facts)
     logging.info("done: %d steps. Encoder, pictures and metrics are in %s", stopped_at, path)
 
 
@@ -278,13 +285,6 @@ def device_batches(
         if current is not None:
             yield current
     yield ahead
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is complete or absent."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

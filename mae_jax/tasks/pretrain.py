@@ -16,6 +16,8 @@ from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform, TrainTransform
 from mae_jax.distributed.mesh import batch_sharding, replicate, replicated
 from mae_jax.distributed.sharding import gather_params, state_sharding
+from mae_jax.interop.description import Description
+from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.mae import create_mae
 from mae_jax.models.masking import Masking, sample_masking
@@ -156,11 +158,29 @@ class Pretrain:
         output = self.model.apply({"params": state.best_params}, x, masking)
         return output.predictions, masking.mask
 
-    def export(self, params: Any, directory: pathlib.Path, *, trained_on: str, steps: int) -> None:
-        """Writes the encoder of host arrays `params` for others to load, with a card."""
-        from mae_jax.interop.export import export_encoder
+    @property
+    def description(self) -> Description:
+        """The model as other libraries need to know it."""
+        encoder, decoder = self.model.encoder, self.model.decoder
+        return Description(
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            channels=encoder.channels,
+            width=encoder.width,
+            depth=encoder.depth,
+            heads=encoder.heads,
+            decoder_width=decoder.width,
+            decoder_depth=decoder.depth,
+            decoder_heads=decoder.heads,
+            target=self.model.target,
+            mask_ratio=self.mask_ratio,
+            mean=self.mean,
+            std=self.std,
+        )
 
-        export_encoder(params, directory)
+    def export(self, params: Any, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+        """Writes the encoder of host arrays `params` for others to load, with a card."""
+        export_encoder(params, directory, self.description, facts)
 
 
 class Reconstructions:

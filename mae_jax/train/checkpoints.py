@@ -47,6 +47,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._keep = keep
         self._manager = self._open()
+        self._newest: int | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -61,11 +62,13 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Starts writing the checkpoint of `step`.
+        """Starts writing the checkpoint of `step`, unless that was done just before.
 
         Raises:
           CheckpointError: this save could not start, or the one before it failed.
         """
+        if step == self._newest:
+            return
         record = record | {"fingerprint": jax.device_get(fingerprint(state)).tolist()}
         with self._explain_failure(step):
             self._manager.save(
@@ -74,6 +77,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
                 ),
             )
+        self._newest = step
 
     def wait(self) -> None:
         """Returns when the save in progress is complete; raises CheckpointError if it failed."""
