@@ -24,7 +24,7 @@ from mae_jax import config as config_lib
 from mae_jax.data import pipeline
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed import startup
-from mae_jax.distributed.sharding import bytes_per_device, state_sharding
+from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
 from mae_jax.interop.files import write_atomically
 from mae_jax.tasks.pretrain import Pretrain, PretrainData, Reconstructions
 from mae_jax.train.checkpoints import CheckpointError, Checkpoints
@@ -75,21 +75,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     data = PretrainData(config)
     task = Pretrain(config, len(data.train), mesh)
 
-    abstract = jax.eval_shape(task.init)
-    shardings = state_sharding(abstract, mesh)
-    announce(config, mesh, data, task, abstract, shardings)
+    abstract = abstract_state(task.init, mesh)
+    announce(config, mesh, data, task, abstract)
 
     path = pathlib.Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep)
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
-    restored = checkpoints.restore_newest(target, lambda record: check_fits(record, config, data))
+    restored = checkpoints.restore_newest(abstract, lambda record: check_fits(record, config, data))
     if restored is None:
-        state, elapsed_before = jax.jit(task.init, out_shardings=shardings)(), 0.0
+        state, elapsed_before = jax.jit(task.init, out_shardings=shardings_of(abstract))(), 0.0
     else:
         state, record = restored
         elapsed_before = record["elapsed_seconds"]
@@ -110,13 +104,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     writer = MetricsWriter(path, start_step)
     positions = mesh_lib.local_positions(config.batch_size, mesh)
-    reporter = Reporter(task, mesh, writer, len(data.train))
     evaluate = Evaluation(
         task,
         data,
         mesh,
         writer,
-        shardings,
+        shardings_of(abstract),
         max_batches=config.eval.batches,
         bad_records=config.data.bad_records,
         threads=config.data.threads,
@@ -143,7 +136,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                 prefetch=config.data.prefetch,
             ) as host_batches:
                 state, stopped_at = train(
-                    compile_step(task, mesh, shardings, target),
+                    compile_step(task, abstract),
                     state,
                     device_batches(
                         host_batches, task.batch_fields, positions, config.batch_size, mesh
@@ -153,7 +146,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                     start_step=start_step,
                     total_steps=task.total_steps,
                     log_every=config.log_every,
-                    report=reporter,
+                    report=Reporter(task, mesh, writer, len(data.train), host_batches),
                     actions=[
                         Action(config.eval.every, evaluate),
                         Action(config.pictures.every, pictures),
@@ -212,13 +205,12 @@ def announce(
     data: PretrainData,
     task: Pretrain,
     abstract: Any,
-    shardings: Any,
 ) -> None:
     """Logs what is about to run: parameters, mesh, data, length."""
     logging.info(
         "parameters:\n%s",
         parameter_overview.get_parameter_overview(
-            one_row_per_stack(abstract.params, shardings.params), include_stats="sharding"
+            one_row_per_stack(abstract.params), include_stats="sharding"
         ),
     )
     device = mesh.devices.flat[0]
@@ -229,7 +221,7 @@ def announce(
         mesh.size,
         device.device_kind,
         jax.process_count(),
-        bytes_per_device(abstract, shardings) / 1e9,
+        bytes_per_device(abstract) / 1e9,
     )
     logging.info(
         "data: %s, %d training and %d evaluation examples; batch %d, %d a process",
@@ -248,13 +240,8 @@ def announce(
     )
 
 
-def one_row_per_stack(params: Any, shardings: Any) -> Any:
-    """Parameters for a table: the equal blocks of a stack shown as one, [depth, ...]."""
-    described = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        shardings,
-    )
+def one_row_per_stack(params: Any) -> Any:
+    """Abstract parameters for a table: the equal blocks of a stack shown as one, [depth, ...]."""
 
     def stack(leaf: jax.ShapeDtypeStruct, depth: int) -> jax.ShapeDtypeStruct:
         spec = P(None, *leaf.sharding.spec)
@@ -262,12 +249,14 @@ def one_row_per_stack(params: Any, shardings: Any) -> Any:
             (depth, *leaf.shape), leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, spec)
         )
 
-    for part in described.values():
+    table = {}
+    for name, part in params.items():
+        table[name] = dict(part)
         if "blocks" in part:
             depth = len(part["blocks"])
             block = jax.tree.map(lambda leaf, depth=depth: stack(leaf, depth), part["blocks"]["0"])
-            part["blocks"] = {f"0-{depth - 1}": block}
-    return described
+            table[name]["blocks"] = {f"0-{depth - 1}": block}
+    return table
 
 
 def device_batches(
@@ -287,6 +276,25 @@ def device_batches(
     yield ahead
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with unknown config fields told by their whole name."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        known = config_lib.flatten(config_lib.default_config().to_dict())
+        overrides = [a.split("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+        unknown = ", ".join(name for name in overrides if name not in known)
+        hint = str(error).partition("Did you mean")
+        logging.debug("traceback", exc_info=True)
+        print(
+            f"\nerror: unknown config field {unknown or error}. "
+            + "".join(hint[1:]).rstrip("\"'")
+            + "\nEvery field is in mae_jax/config.py.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
-from mae_jax.distributed.sharding import bytes_per_device, state_sharding
+from mae_jax.distributed.sharding import abstract_state, bytes_per_device
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.train.step import lower_step
 
@@ -62,15 +62,9 @@ def plan(config: ConfigDict, topology: str) -> dict[str, object]:
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     task = Pretrain(config, IMAGENET_TRAIN_IMAGES, mesh)
-    abstract = jax.eval_shape(task.init)
-    shardings = state_sharding(abstract, mesh)
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
+    abstract = abstract_state(task.init, mesh)
     start = time.time()
-    compiled = lower_step(task, mesh, shardings, target).compile()
+    compiled = lower_step(task, abstract).compile()
     seconds = time.time() - start
     memory = compiled.memory_analysis()
     cycles, collectives = read_program(compiled.as_text())
@@ -79,7 +73,7 @@ def plan(config: ConfigDict, topology: str) -> dict[str, object]:
         "devices": f"{mesh.size} {devices[0].device_kind}",
         "mesh": f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
         "images a device": images,
-        "state a device": f"{bytes_per_device(abstract, shardings) / 1e9:.2f} GB",
+        "state a device": f"{bytes_per_device(abstract) / 1e9:.2f} GB",
         "working memory a device": f"{memory.temp_size_in_bytes / 1e9:.2f} GB",
         "peak memory a device": f"{memory.peak_memory_in_bytes / 1e9:.2f} GB",
         "estimated cycles a step": f"{cycles / 1e6:.1f} M",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,21 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     )
 
 
+def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """What `init` returns, as shapes, types and shardings; nothing is computed."""
+    abstract = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        state_sharding(abstract, mesh),
+    )
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of an `abstract_state`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def gather_params(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
     """Collects split parameters for use in a step, matrices already in the compute type.
 
@@ -60,11 +76,9 @@ def gather_params(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
     return jax.tree.map(gather, params)
 
 
-def bytes_per_device(state: Any, shardings: Any) -> int:
-    """Bytes of (abstract) `state` on each device."""
-    sizes = jax.tree.map(
-        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-        state,
-        shardings,
+def bytes_per_device(abstract: Any) -> int:
+    """Bytes of an `abstract_state` on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
     )
-    return sum(jax.tree.leaves(sizes))

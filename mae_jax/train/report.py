@@ -19,10 +19,18 @@ from mae_jax.train.throughput import peak_flops
 class Reporter:
     """Turns finished log intervals into metrics and a line for people."""
 
-    def __init__(self, task: Any, mesh: Mesh, writer: MetricsWriter, examples: int):
+    def __init__(
+        self,
+        task: Any,
+        mesh: Mesh,
+        writer: MetricsWriter,
+        examples: int,
+        batches: pipeline.Batches,
+    ):
         self._task = task
         self._writer = writer
         self._examples = examples
+        self._batches = batches
         self._devices = mesh.size
         self._peak = peak_flops(mesh.devices.flat[0])
 
@@ -35,6 +43,7 @@ class Reporter:
             "train/epoch": interval.step * task.batch_size / self._examples,
             "train/images_per_second": rate,
             "train/data_wait": interval.data_seconds / interval.seconds,
+            "train/skipped_records": self._batches.skipped,  # by this process, since its start
             "train/model_flops_per_second_per_device": flops,
         }
         line = (

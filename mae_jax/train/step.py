@@ -6,16 +6,20 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from mae_jax.distributed.mesh import batch_sharding, replicated
+from mae_jax.distributed.sharding import shardings_of
 from mae_jax.train.loop import add_totals, zero_totals
 from mae_jax.train.state import TrainState
 
 
-def compile_step(task: Any, mesh: Mesh, shardings: Any, target: Any) -> Any:
-    """The compiled training step (state, totals, batch) -> (state, totals)."""
-    lowered = lower_step(task, mesh, shardings, target)
+def compile_step(task: Any, abstract: Any) -> Any:
+    """The compiled training step (state, totals, batch) -> (state, totals).
+
+    Args:
+      abstract: `abstract_state` of the task.
+    """
+    lowered = lower_step(task, abstract)
     start = time.time()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
@@ -27,15 +31,16 @@ def compile_step(task: Any, mesh: Mesh, shardings: Any, target: Any) -> Any:
     return compiled
 
 
-def lower_step(task: Any, mesh: Mesh, shardings: Any, target: Any) -> Any:
-    """The training step, traced for `mesh` but not compiled."""
+def lower_step(task: Any, abstract: Any) -> Any:
+    """The training step, traced for the task's mesh but not compiled."""
 
     def step(state: TrainState, totals: Any, batch: dict) -> tuple[TrainState, Any]:
         new_state, metrics = task.train_step(state, batch)
         return new_state, add_totals(totals, metrics, state.step)
 
-    everywhere = replicated(mesh)
-    sharding = batch_sharding(mesh)
+    everywhere = replicated(task.mesh)
+    sharding = batch_sharding(task.mesh)
+    shardings = shardings_of(abstract)
     totals = jax.eval_shape(lambda: zero_totals(task.metric_names))
     arrays = {"image": (task.image_shape, np.uint8), "label": ((), np.int32)}
     batch = {
@@ -48,4 +53,4 @@ def lower_step(task: Any, mesh: Mesh, shardings: Any, target: Any) -> Any:
         in_shardings=(shardings, everywhere, sharding),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
-    ).lower(target, totals, batch)
+    ).lower(abstract, totals, batch)

@@ -6,7 +6,13 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.data import pipeline
 from mae_jax.distributed import mesh as mesh_lib
-from mae_jax.distributed.sharding import bytes_per_device, gather_params, state_sharding
+from mae_jax.distributed.sharding import (
+    abstract_state,
+    bytes_per_device,
+    gather_params,
+    shardings_of,
+    state_sharding,
+)
 from mae_jax.tasks.pretrain import Pretrain, PretrainData
 
 
@@ -29,13 +35,16 @@ def test_matrices_split_on_their_largest_divisible_axis_and_small_tensors_are_co
 
 def test_optimizer_state_lies_as_its_parameters_do(tiny_config):
     task = Pretrain(tiny_config, 100, mesh_lib.make_mesh(1, 8))
-    abstract = jax.eval_shape(task.init)
-    shardings = state_sharding(abstract, task.mesh)
+    split = abstract_state(task.init, task.mesh)
+    shardings = shardings_of(split)
     moments = shardings.opt_state[0]
     assert moments.mu == shardings.params
     assert moments.nu == shardings.params
-    replicated = state_sharding(abstract, mesh_lib.make_mesh(8, 1))
-    assert bytes_per_device(abstract, shardings) < 0.3 * bytes_per_device(abstract, replicated)
+    replicated = abstract_state(task.init, mesh_lib.make_mesh(8, 1))
+    assert bytes_per_device(split) < 0.3 * bytes_per_device(replicated)
+    assert bytes_per_device(replicated) == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(replicated)
+    )
 
 
 def test_gathered_parameters_are_whole_and_in_the_compute_type():
@@ -54,7 +63,7 @@ def run_steps(config, devices, data, fsdp, steps=4):
     """Losses, masks of step 0 and final parameters of a run on this mesh."""
     mesh = mesh_lib.make_mesh(data, fsdp, jax.devices()[:devices])
     task = Pretrain(config, 100, mesh)
-    shardings = state_sharding(jax.eval_shape(task.init), mesh)
+    shardings = shardings_of(abstract_state(task.init, mesh))
     state = jax.jit(task.init, out_shardings=shardings)()
     step = jax.jit(task.train_step, out_shardings=(shardings, mesh_lib.replicated(mesh)))
     source = PretrainData(config)

@@ -1,0 +1,277 @@
+"""The program as people run it: processes, signals, exit codes and files."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mae_jax.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+TFDS = ROOT.parent / "shared" / "tfds"
+KILLS = int(os.environ.get("MAE_JAX_KILLS", "3"))  # of the SIGKILL test; 20 takes ten minutes
+
+TINY = {
+    "batch_size": 16,
+    "steps": 12,
+    "log_every": 1,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.image_size": 32,
+    "decoder.width": 16,
+    "decoder.depth": 1,
+    "decoder.heads": 2,
+    "optim.warmup_steps": 2,
+    "checkpoint.every": 4,
+    "eval.batches": 1,
+    "eval.every": 0,
+    "pictures.every": 0,
+    "pictures.count": 2,
+    "data.threads": 1,
+}
+
+pytest.importorskip("skimage", reason="the embedded data needs scikit-image")
+
+
+def command(workdir, config="configs/quickstart.py", **fields):
+    values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
+    return [
+        *(sys.executable, "-m", "mae_jax.main", f"--config={ROOT / config}"),
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
+
+
+def environment(devices=1):
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+
+
+def run(workdir, devices=1, config="configs/quickstart.py", **fields):
+    return subprocess.run(
+        command(workdir, config, **fields),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+
+
+def exported(workdir):
+    return safetensors.numpy.load_file(workdir / "export" / "encoder.safetensors")
+
+
+def losses(workdir):
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def assert_same_run(workdir, reference):
+    assert losses(workdir) == losses(reference)
+    expected, found = exported(reference), exported(workdir)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensor, found[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One finished run that nobody interrupted."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    result = run(workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_a_run_leaves_everything_its_users_rely_on(undisturbed):
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["steps"] == 12
+    assert config["mask"]["ratio"] == 0.75
+    lines = read_metrics(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
+    assert {"train/lr", "train/grad_norm", "train/images_per_second", "train/data_wait"} <= set(
+        lines[0]
+    )
+    assert lines[-1].keys() >= {"step", "eval/loss"} or lines[-2].keys() >= {"eval/loss"}
+    assert (undisturbed / "reconstructions" / "step_00000012.png").stat().st_size > 1000
+    assert {"4", "8", "12"} <= {p.name for p in (undisturbed / "checkpoints").iterdir()}
+    assert (undisturbed / "export" / "README.md").exists()
+    tensors = exported(undisturbed)
+    assert tensors["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
+    assert tensors["pos_embed"].shape == (1, 17, 32)
+    assert not any(name.startswith("decoder") or name == "mask_token" for name in tensors)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
+    assert run(tmp_path / "again").returncode == 0
+    assert_same_run(tmp_path / "again", undisturbed)
+    assert run(tmp_path / "other", seed=1).returncode == 0
+    assert losses(tmp_path / "other") != losses(undisturbed)
+
+
+def test_killed_at_random_moments_and_restarted_the_run_ends_bit_identical(undisturbed, tmp_path):
+    rng = random.Random(0)
+    workdir = tmp_path / "killed"
+    kills = 0
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            command(workdir, checkpoint__every=1),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+        )
+        # Let it train or save for a random while after it made its first new step.
+        before = progress(workdir)
+        deadline = time.time() + 120
+        while progress(workdir) <= before and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills > 0
+    result = run(workdir, checkpoint__every=1)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(workdir, undisturbed)
+
+
+def progress(workdir):
+    """Newest step on disk, complete or being written."""
+    checkpoints = workdir / "checkpoints"
+    names = [p.name.split(".")[0] for p in checkpoints.iterdir()] if checkpoints.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(undisturbed, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, checkpoint__every=1000),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    for line in process.stderr:
+        if " step 1/12" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 0
+    assert "saved; the same command continues" in rest
+    assert 1 <= progress(tmp_path) < 12
+    assert not (tmp_path / "export").exists()
+    result = run(tmp_path, checkpoint__every=1000)
+    assert "continuing from the checkpoint of step" in result.stderr
+    expected, found = exported(undisturbed), exported(tmp_path)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensor, found[name], err_msg=name)
+
+
+def test_a_finished_run_started_again_trains_no_further(undisturbed):
+    before = losses(undisturbed)
+    result = run(undisturbed)
+    assert result.returncode == 0
+    assert losses(undisturbed) == before
+
+
+def test_another_device_count_continues_the_run(undisturbed, tmp_path):
+    half = run(tmp_path, steps=12, checkpoint__every=4, eval__every=0)
+    assert half.returncode == 0
+    for name in ("12", "8"):
+        subprocess.run(["rm", "-r", tmp_path / "checkpoints" / name], check=True)
+    result = run(tmp_path, devices=8, mesh__fsdp=4)
+    assert result.returncode == 0, result.stderr
+    assert "continuing from the checkpoint of step 4" in result.stderr
+    expected, found = losses(undisturbed), losses(tmp_path)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_two_processes_of_four_devices_compute_what_one_device_does(undisturbed, tmp_path):
+    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=4"]
+    result = subprocess.run(
+        [*launcher, "--", *command(tmp_path, mesh__fsdp=2)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout
+    expected, found = losses(undisturbed), losses(tmp_path)
+    assert expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    for name, tensor in exported(undisturbed).items():
+        np.testing.assert_allclose(exported(tmp_path)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask__ratoi": 0.5}, 'unknown config field mask.ratoi. Did you mean "ratio"'),
+        ({"model__image_size": 60}, "height 60 is not divisible by model.patch_size = 8"),
+        ({"data__name": "folder", "data__dir": "/nowhere"}, "data.dir: there is no folder"),
+        ({"data__name": "imagenet2012"}, "data.dir is not set"),
+        ({"mesh__data": 3}, "mesh.data = 3"),
+        ({"optim__warmup_steps": 12}, "the warm-up takes 12 of 12 steps"),
+    ],
+)
+def test_bad_input_ends_at_once_with_its_message(tmp_path, fields, message):
+    result = run(tmp_path / "new", **fields)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
+    result = run(tmp_path, devices=3, batch_size=16)
+    assert result.returncode == 2
+    assert "batch_size = 16 does not divide over 3 device(s)" in result.stderr
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_differing_field(undisturbed):
+    before = (undisturbed / "config.json").read_text()
+    result = run(undisturbed, model__width=64)
+    assert result.returncode == 2
+    assert "model.width: 32 there, 64 now" in result.stderr
+    assert (undisturbed / "config.json").read_text() == before
+
+
+@pytest.mark.skipif(not (TFDS / "imagenet2012").exists(), reason="no ../shared/tfds")
+def test_real_imagenet_records_train(tmp_path):
+    fields = {"data__name": "imagenet2012", "data__dir": TFDS, "steps": 4}
+    result = run(tmp_path, **fields)
+    assert result.returncode == 0, result.stderr
+    assert "400 training and 100 evaluation examples" in result.stderr
+
+
+def test_a_truncated_picture_stops_the_run_with_its_name_or_is_skipped_and_counted(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        image = Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8))
+        image.save(folder / f"{i:02d}.jpg")
+    broken = folder / "17.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    fields = {"data__name": "folder", "data__dir": folder, "steps": 6, "data__flip": True}
+    stopped = run(tmp_path / "stop", **fields)
+    assert stopped.returncode == 2
+    assert "17.jpg" in stopped.stderr.splitlines()[-1]
+    skipped = run(tmp_path / "skip", data__bad_records="skip", **fields)
+    assert skipped.returncode == 0, skipped.stderr
+    assert "17.jpg" in skipped.stderr
+    lines = read_metrics(tmp_path / "skip" / "metrics.jsonl")
+    counts = [line["train/skipped_records"] for line in lines if "train/loss" in line]
+    assert counts[-1] > 0
+    assert counts == sorted(counts)
