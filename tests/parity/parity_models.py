@@ -1,5 +1,6 @@
 """The same model, weights, images and noise on both sides of a comparison."""
 
+import functools
 import sys
 import types
 
@@ -143,18 +144,24 @@ def import_timm():
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
-        _stub_torchvision()
+        stubs = _stub_torchvision()
+        sys.modules.update(stubs)
+        try:
+            return pytest.importorskip("timm", reason="pip install timm")
+        finally:  # transformers asks whether torchvision is there, and must hear no
+            for name in stubs:
+                del sys.modules[name]
     return pytest.importorskip("timm", reason="pip install timm")
 
 
 def _stub_torchvision():
-    class Anything:
-        def __init__(self, *args, **kwargs):
-            pass
+    class Meta(type):
+        def __getattr__(cls, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Meta(name, (), {})
 
-        def __getattr__(self, name):
-            return Anything()
-
+    stubs = {}
     for name in (
         "torchvision",
         "torchvision.datasets",
@@ -166,11 +173,14 @@ def _stub_torchvision():
         "torchvision.transforms.functional",
         "torchvision.utils",
     ):
-        if name in sys.modules and not hasattr(sys.modules[name], "_stub"):
-            del sys.modules[name]
-        module = sys.modules.setdefault(name, types.ModuleType(name))
-        module._stub, module.__path__ = True, []
-        module.__getattr__ = lambda attribute: type(attribute, (Anything,), {})
+        module = types.ModuleType(name)
+        module.__path__ = []
+        module.__getattr__ = functools.partial(getattr, Meta("stub", (), {}))
+        stubs[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(stubs[parent], child, module)
+    return stubs
 
 
 def largest_relative_difference(a, b):
