@@ -4,9 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from parity_models import TINY, images_of, noise_of, random_params, theirs, transformers_mae
-from safetensors.torch import load_file
 
 from mae_jax.interop.build import build_encoder
 from mae_jax.interop.checkpoint import open_checkpoint
@@ -14,6 +12,8 @@ from mae_jax.interop.export import export_hugging_face
 from mae_jax.interop.load import load_into
 from mae_jax.interop.weights import to_official
 
+torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
 
@@ -42,7 +42,7 @@ def test_every_spelling_of_transformers_is_read_bit_for_bit(writer, tmp_path):
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
     elif writer == "bin":  # the hub's names, as a pickle
         model.config.save_pretrained(folder)
-        tensors = load_file(tmp_path / "export" / "model.safetensors")
+        tensors = safetensors_torch.load_file(tmp_path / "export" / "model.safetensors")
         torch.save(tensors, folder / "pytorch_model.bin")
     checkpoint = open_checkpoint(folder)
     assert_same_weights(params, checkpoint.params())

@@ -4,15 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from parity_models import BASE, images_of, import_timm, of_size, random_params
-from safetensors.torch import load_file
 
 from mae_jax.interop.build import build_encoder
 from mae_jax.interop.description import Description
 from mae_jax.interop.export import ENCODER_FILE, export_encoder
 from mae_jax.interop.load import load_into
 
+torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 timm = import_timm()
 
 OTHER = Description(
@@ -49,7 +49,7 @@ def test_timm_builds_the_model_from_the_folder_and_its_features_agree(d, tmp_pat
     params = random_params(d)
     export_encoder(params, tmp_path, d, {})
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    model.load_state_dict(load_file(tmp_path / ENCODER_FILE), strict=True)
+    model.load_state_dict(safetensors_torch.load_file(tmp_path / ENCODER_FILE), strict=True)
 
     images = images_of(d, 2)
     difference = np.abs(timm_features(model, images) - our_features(d, params, images)).max()
@@ -114,7 +114,9 @@ def test_patches_of_another_size_and_channel_count_adapt_as_timm_adapts_them(tmp
 def test_a_checkpoint_written_by_timm_is_read(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
     d = of_size(192, 2, 3, 16, decoder_depth=1)
-    model.load_state_dict(load_file(export_encoder(random_params(d), tmp_path, d, {})))
+    model.load_state_dict(
+        safetensors_torch.load_file(export_encoder(random_params(d), tmp_path, d, {}))
+    )
     torch.save(model.state_dict(), tmp_path / "timm.pth")
     params, report = load_into(
         {"encoder": random_params(d, seed=5)["encoder"]}, tmp_path / "timm.pth", d

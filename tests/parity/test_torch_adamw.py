@@ -16,12 +16,13 @@ from parity_models import (
 from mae_jax.interop.build import build_mae
 from mae_jax.train import optimizers
 
+torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
+
 STEPS, BATCH = 10, 2
 SCHEDULE = {"base_lr": 0.128, "batch_size": BATCH, "warmup_steps": 3, "total_steps": STEPS}
 
 
 def test_ten_steps_track_pytorch_losses(tmp_path):
-    torch = pytest.importorskip("torch")
     d = of_size(384, 2, 6, 16, decoder_depth=1)
     params = random_params(d)
     batches = [(images_of(d, BATCH, seed=s), noise_of(d, BATCH, seed=s)) for s in range(STEPS)]

@@ -17,6 +17,8 @@ from parity_models import (
     transformers_mae,
 )
 
+torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
+
 # Blocks are few where only the shapes are new; BASE is the whole ViT-B.
 MODELS = {
     "tiny-norm_pixel": TINY,

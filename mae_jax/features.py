@@ -1,0 +1,234 @@
+"""Features of a folder of pictures: `python -m mae_jax.features --weights=W --images=D --output=F.npz`.
+
+`--weights` is a workdir or weights in any format that is read. The result holds `names` [N] (paths
+below the folder, sorted) and one float32 array per `--kind`: `cls` [N, D], `mean` [N, D] over the
+patches, `tokens` [N, 1 + L, D]. Batches run over all devices of this machine. Work in progress is
+kept in `OUTPUT.parts/`; the same command continues there after an interruption.
+"""
+
+import concurrent.futures
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from mae_jax.data.folder import EXTENSIONS
+from mae_jax.data.record import DecodeError, Record
+from mae_jax.data.transforms import EvalTransform
+from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
+from mae_jax.interop.build import encoder_params, features_function
+from mae_jax.interop.checkpoint import open_checkpoint
+from mae_jax.interop.description import WeightsError
+from mae_jax.interop.files import write_atomically
+
+KINDS = ("cls", "mean", "tokens")
+BATCHES_PER_PART = 16
+
+_WEIGHTS = flags.DEFINE_string("weights", None, "Workdir, file or folder of weights")
+_IMAGES = flags.DEFINE_string("images", None, "Folder of pictures; its sub-folders are searched")
+_OUTPUT = flags.DEFINE_string("output", None, "The .npz to write")
+_KIND = flags.DEFINE_multi_enum("kind", ["cls"], KINDS, "What to keep; may be given repeatedly")
+_BLOCK = flags.DEFINE_integer(
+    "block", 0, "Take the tokens after this block (1 to depth), through the final norm; 0: the last"
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once, over all devices")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation")
+
+
+class FeaturesError(ValueError):
+    """An extraction that cannot run; the message gives the remedy."""
+
+
+def list_images(folder: str | pathlib.Path) -> list[str]:
+    """Paths of all pictures below `folder`, relative to it, sorted.
+
+    Raises:
+      FileNotFoundError: no such folder, or no picture in it.
+    """
+    root = pathlib.Path(folder).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"--images: there is no folder {root}")
+    names = sorted(
+        str(pathlib.Path(place, file).relative_to(root))
+        for place, _, files in os.walk(root)
+        for file in files
+        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+    )
+    if not names:
+        raise FileNotFoundError(f"--images: no picture below {root} ({' '.join(EXTENSIONS)})")
+    return names
+
+
+def extract(
+    weights: str,
+    images: str,
+    output: str,
+    *,
+    kinds: tuple[str, ...] = ("cls",),
+    block: int = 0,
+    batch_size: int = 64,
+    dtype: str = "float32",
+) -> pathlib.Path:
+    """Writes `output`; see the module's docstring.
+
+    Raises:
+      FileNotFoundError, WeightsError: bad weights or no pictures.
+      FeaturesError: `output` is not an .npz, or its parts belong to another extraction.
+      DecodeError: a picture that cannot be read, by name.
+    """
+    path = pathlib.Path(output)
+    if path.suffix != ".npz":
+        raise FeaturesError(f"--output={output}: the result is an .npz file")
+    mesh = make_mesh()
+    if batch_size < 1 or batch_size % mesh.size:
+        raise FeaturesError(f"--batch_size={batch_size}: not divisible over {mesh.size} device(s)")
+    names = list_images(images)
+    checkpoint = open_checkpoint(weights)
+    d = checkpoint.description
+    features = features_function(d, block=block, dtype=jnp.dtype(dtype))
+    params = replicate(encoder_params(checkpoint), mesh)
+    plan = {
+        "weights": _digest(x for _, x in sorted(checkpoint.tensors.items())),
+        "images": str(pathlib.Path(images).expanduser().resolve()),
+        "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "kinds": list(kinds),
+        "block": block,
+        "batch_size": batch_size,
+        "dtype": dtype,
+    }
+    parts = path.with_name(path.name + ".parts")
+    _open_parts(parts, plan)
+
+    @jax.jit
+    def run(params: Any, batch: jax.Array) -> dict[str, jax.Array]:
+        values = features(params, batch)
+        return {kind: values[kind] for kind in kinds}
+
+    transform = EvalTransform(size=d.image_size, channels=d.channels)
+    root = pathlib.Path(images).expanduser()
+
+    def load(name: str) -> np.ndarray:
+        file = root / name
+        image = np.load(file, allow_pickle=False) if name.endswith(".npy") else file.read_bytes()
+        return transform(Record(image, -1, str(file)))
+
+    step = batch_size * BATCHES_PER_PART
+    chunks = [names[start : start + step] for start in range(0, len(names), step)]
+    files = [parts / f"{number:06d}.npz" for number in range(len(chunks))]
+    done = [file.is_file() for file in files]
+    progress = tqdm(total=len(names), unit="image", disable=not sys.stderr.isatty())
+    progress.update(sum(len(c) for c, there in zip(chunks, done, strict=True) if there))
+    for chunk, file, there in zip(chunks, files, done, strict=True):
+        if there:
+            continue
+        values: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+        for batch in _batches(chunk, load, batch_size):
+            padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
+            padded[: len(batch)] = batch
+            result = run(params, jax.device_put(padded, batch_sharding(mesh)))
+            for kind in kinds:
+                values[kind].append(np.asarray(result[kind])[: len(batch)])
+            progress.update(len(batch))
+        content = io.BytesIO()
+        np.savez(content, **{kind: np.concatenate(rows) for kind, rows in values.items()})
+        write_atomically(file, content.getvalue())
+    progress.close()
+    _assemble(path, names, kinds, files)
+    shutil.rmtree(parts)
+    return path
+
+
+def _batches(
+    names: list[str], load: Callable[[str], np.ndarray], batch_size: int
+) -> Iterator[np.ndarray]:
+    """uint8 [b, H, W, C], the next one decoded by threads while the current one is used."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        starts = range(0, len(names), batch_size)
+        groups = [names[start : start + batch_size] for start in starts]
+        ahead = [pool.submit(load, name) for name in groups[0]]
+        for number in range(len(groups)):
+            current, ahead = ahead, []
+            if number + 1 < len(groups):
+                ahead = [pool.submit(load, name) for name in groups[number + 1]]
+            yield np.stack([future.result() for future in current])
+
+
+def _open_parts(parts: pathlib.Path, plan: dict[str, Any]) -> None:
+    """Makes the folder of parts, or checks that what is there is of the same extraction."""
+    file = parts / "plan.json"
+    if file.is_file():
+        old = json.loads(file.read_text())
+        if differing := sorted(key for key in plan if old.get(key) != plan[key]):
+            raise FeaturesError(
+                f"{parts} holds parts of another extraction (other {', '.join(differing)}). "
+                "Delete it, or choose another --output"
+            )
+    else:
+        write_atomically(file, json.dumps(plan, indent=2))
+
+
+def _assemble(
+    path: pathlib.Path, names: list[str], kinds: tuple[str, ...], files: list[pathlib.Path]
+) -> None:
+    """Joins the parts into one .npz, one part in memory at a time."""
+    temporary = path.with_name(path.name + ".tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for kind in kinds:
+            with np.load(files[0]) as first:
+                shape = (len(names), *first[kind].shape[1:])
+            with archive.open(f"{kind}.npy", "w", force_zip64=True) as stream:
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_2_0(stream, header)
+                for file in files:
+                    with np.load(file) as part:
+                        stream.write(np.ascontiguousarray(part[kind], "<f4").tobytes())
+        with archive.open("names.npy", "w") as stream:
+            np.lib.format.write_array(stream, np.asarray(names), allow_pickle=False)
+    os.replace(temporary, path)
+
+
+def _digest(arrays: Iterator[np.ndarray]) -> str:
+    """Identifies weights by their content, wherever they lie."""
+    total = hashlib.sha256()
+    for x in arrays:
+        total.update(np.ascontiguousarray(x).data)
+    return total.hexdigest()
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    try:
+        path = extract(
+            _WEIGHTS.value,
+            _IMAGES.value,
+            _OUTPUT.value,
+            kinds=tuple(dict.fromkeys(_KIND.value)),
+            block=_BLOCK.value,
+            batch_size=_BATCH_SIZE.value,
+            dtype=_DTYPE.value,
+        )
+    except (FeaturesError, WeightsError, DecodeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    with np.load(path) as result:
+        shapes = ", ".join(f"{name} {list(result[name].shape)}" for name in result.files)
+    print(f"wrote {path}: {shapes}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["weights", "images", "output"])
+    app.run(main)
