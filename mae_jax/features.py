@@ -1,4 +1,6 @@
-"""Features of a folder of pictures: `python -m mae_jax.features --weights=W --images=D --output=F.npz`.
+"""Features of a folder of pictures.
+
+    python -m mae_jax.features --weights=WEIGHTS --images=FOLDER --output=features.npz
 
 `--weights` is a workdir or weights in any format that is read. The result holds `names` [N] (paths
 below the folder, sorted) and one float32 array per `--kind`: `cls` [N, D], `mean` [N, D] over the
@@ -6,6 +8,7 @@ patches, `tokens` [N, 1 + L, D]. Batches run over all devices of this machine. W
 kept in `OUTPUT.parts/`; the same command continues there after an interruption.
 """
 
+import argparse
 import concurrent.futures
 import hashlib
 import io
@@ -15,36 +18,25 @@ import pathlib
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from tqdm import tqdm
 
 from mae_jax.data.folder import EXTENSIONS
-from mae_jax.data.record import DecodeError, Record
+from mae_jax.data.record import Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
+from mae_jax.interop import arguments
 from mae_jax.interop.build import encoder_params, features_function
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import WeightsError
 from mae_jax.interop.files import write_atomically
 
 KINDS = ("cls", "mean", "tokens")
 BATCHES_PER_PART = 16
-
-_WEIGHTS = flags.DEFINE_string("weights", None, "Workdir, file or folder of weights")
-_IMAGES = flags.DEFINE_string("images", None, "Folder of pictures; its sub-folders are searched")
-_OUTPUT = flags.DEFINE_string("output", None, "The .npz to write")
-_KIND = flags.DEFINE_multi_enum("kind", ["cls"], KINDS, "What to keep; may be given repeatedly")
-_BLOCK = flags.DEFINE_integer(
-    "block", 0, "Take the tokens after this block (1 to depth), through the final norm; 0: the last"
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once, over all devices")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation")
 
 
 class FeaturesError(ValueError):
@@ -80,8 +72,12 @@ def extract(
     block: int = 0,
     batch_size: int = 64,
     dtype: str = "float32",
+    known: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes `output`; see the module's docstring.
+
+    Args:
+      known: see `open_checkpoint`.
 
     Raises:
       FileNotFoundError, WeightsError: bad weights or no pictures.
@@ -95,7 +91,7 @@ def extract(
     if batch_size < 1 or batch_size % mesh.size:
         raise FeaturesError(f"--batch_size={batch_size}: not divisible over {mesh.size} device(s)")
     names = list_images(images)
-    checkpoint = open_checkpoint(weights)
+    checkpoint = open_checkpoint(weights, **(known or {}))
     d = checkpoint.description
     features = features_function(d, block=block, dtype=jnp.dtype(dtype))
     params = replicate(encoder_params(checkpoint), mesh)
@@ -104,6 +100,7 @@ def extract(
         "images": str(pathlib.Path(images).expanduser().resolve()),
         "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "kinds": list(kinds),
+        "model": str(d),
         "block": block,
         "batch_size": batch_size,
         "dtype": dtype,
@@ -207,21 +204,39 @@ def _digest(arrays: Iterator[np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_jax.features", description="Writes features of a folder of pictures."
+    )
+    parser.add_argument("--weights", required=True, help="workdir, file or folder")
+    parser.add_argument("--images", required=True, help="folder; its sub-folders are searched")
+    parser.add_argument("--output", required=True, help="the .npz to write")
+    parser.add_argument(
+        "--kind", nargs="+", choices=KINDS, default=["cls"], help="what to keep (default: cls)"
+    )
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=0,
+        help="tokens after this block (1 to depth), through the final norm; 0: the last block",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    arguments.add_known(parser)
+    args = parser.parse_args(argv)
     try:
         path = extract(
-            _WEIGHTS.value,
-            _IMAGES.value,
-            _OUTPUT.value,
-            kinds=tuple(dict.fromkeys(_KIND.value)),
-            block=_BLOCK.value,
-            batch_size=_BATCH_SIZE.value,
-            dtype=_DTYPE.value,
+            args.weights,
+            args.images,
+            args.output,
+            kinds=tuple(dict.fromkeys(args.kind)),
+            block=args.block,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            known=arguments.known(args),
         )
-    except (FeaturesError, WeightsError, DecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     with np.load(path) as result:
@@ -230,5 +245,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["weights", "images", "output"])
-    app.run(main)
+    main()

@@ -144,9 +144,11 @@ def infer(tensors: Tensors, where: str, **known: object) -> Description:
                 "of them"
             )
     merged = {**found, **known}
-    if merged["channels"] != 3 and "mean" not in merged:
-        # Statistics of three channels say nothing of another number of them.
-        merged |= {"mean": (0.5,) * kernel[1], "std": (0.5,) * kernel[1]}
+    if merged["channels"] != 3 and not {"mean", "std"} <= merged.keys():
+        raise WeightsError(
+            f"{where}: {kernel[1]} input channel(s), and the file does not say how they are "
+            "normalised; give mean and std, one value per channel"
+        )
     description = Description(**merged)
     if patches != description.grid[0] * description.grid[1]:
         raise WeightsError(

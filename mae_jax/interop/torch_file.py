@@ -91,13 +91,17 @@ class _Builder:
         raise TorchFileError("the pickle tries to change a function")
 
 
-_BUILDERS = {
+# Classes go out as they are, to be made by either opcode for objects. Their `__setstate__` is what
+# keeps a pickle from writing attributes.
+_CLASSES = {
     ("collections", "OrderedDict"): _Dict,
     ("argparse", "Namespace"): _Inert,
+    ("torch", "device"): _Inert,
+}
+_BUILDERS = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): lambda *args: tuple(*args),
-    ("torch", "device"): _Inert,
 }
 
 
@@ -105,6 +109,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGE_DTYPES:
             return name
+        if (module, name) in _CLASSES:
+            return _CLASSES[module, name]
         if (module, name) in _BUILDERS:
             return _Builder(_BUILDERS[module, name])
         raise TorchFileError(
