@@ -16,7 +16,7 @@ from mae_jax.config import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.batch_size = 64
-    config.steps = 600
+    config.steps = 400
     config.log_every = 20
     config.compute_dtype = "float32"
     config.model.variant = "ti"
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.decoder.heads = 4
     config.data.name = "demo"
     config.optim.base_lr = 6e-3
-    config.optim.warmup_steps = 60
-    config.checkpoint.every = 200
+    config.optim.warmup_steps = 40
+    config.checkpoint.every = 100
     config.eval.every = 200
     config.pictures.every = 200
     return config
