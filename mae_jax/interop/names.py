@@ -18,9 +18,9 @@ _PREFIXES = (
     ("decoder/blocks/", "decoder_blocks."),
     ("decoder/mask_token", "mask_token"),
     ("decoder/", "decoder_"),
-    ("encoder/", ""),
     ("fc_norm/", "fc_norm."),
     ("head/", "head."),
+    ("encoder/", ""),
 )
 _DECODER = re.compile(r"mask_token$|decoder_")
 
@@ -81,7 +81,7 @@ def our_path(name: str) -> str:
     for ours, theirs in _PREFIXES:
         if name.startswith(theirs):
             path = (ours + name.removeprefix(theirs)).replace(".", "/")
-            is_norm = path.split("/")[-2].find("norm") >= 0
+            is_norm = "norm" in path.split("/")[-2]
             return re.sub(r"/weight$", "/scale" if is_norm else "/kernel", path)
     raise ValueError(f"tensor {name} is not one of this project's parameters")
 
