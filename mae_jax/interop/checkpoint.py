@@ -5,7 +5,6 @@ Hugging Face folders and files (ViTMAE, ViT), our Orbax exports, and workdirs of
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -20,7 +19,7 @@ from mae_jax.interop.description import (
     infer,
 )
 from mae_jax.interop.export import DESCRIPTION_FILE, ORBAX_FOLDER
-from mae_jax.interop.files import SUFFIXES, read_tensors
+from mae_jax.interop.files import SUFFIXES, read_json, read_tensors
 from mae_jax.interop.names import Tensors, from_hugging_face, is_hugging_face
 from mae_jax.interop.orbax_file import read_params, read_workdir
 from mae_jax.interop.weights import Params, from_official, to_official
@@ -107,7 +106,7 @@ def _from_file(path: pathlib.Path, known: dict[str, Any]) -> Checkpoint:
 
 
 def _from_shards(folder: pathlib.Path, known: dict[str, Any]) -> Checkpoint:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = read_json(folder / "model.safetensors.index.json")
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(index["weight_map"].values())):
         if pathlib.Path(name).name != name:
@@ -209,7 +208,7 @@ def _hugging_face_facts(folder: pathlib.Path) -> tuple[dict[str, Any], list[str]
     if not (folder / "config.json").is_file():
         return {}, ["no config.json beside the weights: image size and heads by convention"]
     where = folder / "config.json"
-    config = json.loads(where.read_text())
+    config = read_json(where)
     if config.get("model_type") not in ("vit_mae", "vit"):
         raise WeightsError(
             f"{where}: model_type {config.get('model_type')!r} is not vit_mae or vit"
@@ -237,7 +236,7 @@ def _hugging_face_facts(folder: pathlib.Path) -> tuple[dict[str, Any], list[str]
         told["mask_ratio"] = config.get("mask_ratio", 0.75)
     processor_file = folder / "preprocessor_config.json"
     if processor_file.is_file():
-        processor = json.loads(processor_file.read_text())
+        processor = read_json(processor_file)
         if processor.get("image_mean") and processor.get("image_std"):
             told["mean"] = tuple(processor["image_mean"])
             told["std"] = tuple(processor["image_std"])
@@ -249,7 +248,7 @@ def _timm_facts(folder: pathlib.Path) -> dict[str, Any]:
     where = folder / "config.json"
     if not where.is_file():
         return {}
-    config = json.loads(where.read_text())
+    config = read_json(where)
     if "architecture" not in config:
         return {}
     cfg, args = config.get("pretrained_cfg", config), config.get("model_args", {})

@@ -87,10 +87,20 @@ class Description:
 
     @staticmethod
     def from_json(text: str) -> "Description":
-        """The inverse of the entry `to_metadata` writes."""
-        fields = json.loads(text)
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return Description(**fields)
+        """The inverse of the entry `to_metadata` writes.
+
+        Raises:
+          WeightsError: it was written by another version, or damaged.
+        """
+        try:
+            fields = json.loads(text)
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return Description(**fields)
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise WeightsError(
+                f"the description of the model cannot be read ({error}); it is damaged, or of a "
+                "newer version of mae_jax: update"
+            ) from error
 
 
 def infer(tensors: Tensors, where: str, **known: object) -> Description:

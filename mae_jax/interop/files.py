@@ -1,8 +1,11 @@
 """Reading and writing files of tensors. Nothing in a file is ever executed."""
 
+import contextlib
+import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,20 +34,41 @@ def save_safetensors(
 ) -> None:
     """Writes one file, which appears complete or not at all."""
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    data = safetensors.numpy.save(contiguous, metadata=dict(metadata))
-    write_atomically(path, data)
+    with _complete_or_absent(path) as temporary:
+        safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
 
 
 def write_atomically(path: str | pathlib.Path, content: bytes | str) -> None:
     """Writes a file that is complete or absent, making its folder where needed."""
+    with _complete_or_absent(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def _complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      WeightsError: it is not one.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a JSON object")
+    return content
 
 
 def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -68,12 +92,19 @@ def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    with safetensors.safe_open(path, framework="numpy") as opened:  # refuses truncated files
+    with safetensors.safe_open(path, framework="numpy") as opened:  # checks sizes and offsets
         metadata = opened.metadata() or {}
+    # Its own numpy reader knows no bfloat16. The layout: length of the header, header, numbers.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    numbers = np.memmap(path, np.uint8, mode="r", offset=8 + length)
     tensors = {}
-    for name, entry in safetensors.deserialize(path.read_bytes()):
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
         if entry["dtype"] not in _DTYPES:
             raise WeightsError(f"{path}: tensor {name} is of type {entry['dtype']}")
-        flat = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
+        start, end = entry["data_offsets"]
+        tensors[name] = numbers[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors, metadata

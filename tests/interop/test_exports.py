@@ -178,3 +178,10 @@ def test_weights_too_large_for_the_format_are_refused(served, tmp_path, monkeypa
     monkeypatch.setattr("mae_jax.interop.serving.MAX_BYTES", 1000)
     with pytest.raises(WeightsError, match="at most"):
         export_stablehlo(served[0], tmp_path / "y", {})
+
+
+def test_no_module_brings_in_torch_or_tensorflow():
+    modules = "mae_jax.export, mae_jax.features, mae_jax.visualize, mae_jax.interop.load"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.strip() == b"[]"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from small_models import SMALL, assert_same_tree, classifier_params, random_params
@@ -115,6 +116,35 @@ def test_channels_and_patch_size_are_adapted_and_named(tmp_path):
     before = flat.reshape(1, -1) @ random_params(seed=1)["encoder"]["patch_embed"]["kernel"]
     grey = np.full((1, 16 * 16), flat[0, 0, 0, 0], np.float32)
     np.testing.assert_allclose(grey @ loaded["encoder"]["patch_embed"]["kernel"], before, atol=1e-3)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_an_official_fine_tuned_file_is_known_by_its_tensors(pool, tmp_path):
+    d = dataclasses.replace(CLASSIFIER, pool=pool)
+    params = classifier_params(d)
+    tensors = to_official(params, image_size=(32, 32), patch_size=8, channels=3)
+    assert ("norm.weight" in tensors) == (pool == "cls")
+    checkpoint = open_checkpoint(write(tmp_path, tensors), heads=4)
+    assert checkpoint.description == dataclasses.replace(d, target="", mask_ratio=0.0)
+    assert checkpoint.trained_positions
+    assert_same_tree(checkpoint.params(), params)
+
+
+def test_bfloat16_files_are_read(tmp_path):
+    tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in official_tensors().items()}
+    checkpoint = open_checkpoint(write(tmp_path, tensors), **KNOWN)
+    assert not checkpoint.trained_positions
+    for name, x in checkpoint.tensors.items():
+        np.testing.assert_array_equal(x, tensors[name].astype(np.float32))
+
+
+def test_a_description_of_another_version_is_explained(tmp_path):
+    metadata = {"format": "pt", "mae_jax": '{"shape": "round"}'}
+    with pytest.raises(WeightsError, match="newer version"):
+        open_checkpoint(write(tmp_path, official_tensors(), metadata))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config.json: not readable"):
+        open_checkpoint(write(tmp_path, to_hugging_face(official_tensors())))
 
 
 def test_a_head_is_taken_where_its_classes_are_ours_and_fresh_otherwise(tmp_path):
