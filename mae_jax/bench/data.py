@@ -8,6 +8,7 @@ other work on the machine disturbs both; CPU-seconds are disturbed least.
 import concurrent.futures
 import dataclasses
 import io
+import os
 import resource
 import statistics
 import time
@@ -53,6 +54,7 @@ def main(config: ConfigDict) -> None:
         size, model.channels, tuple(data.scale), tuple(data.ratio), data.crop
     )
     batch_size = min(config.batch_size, LARGEST_BATCH)
+    threads = data.threads or os.cpu_count()
 
     def ours(start_step: int, steps: int, rows: int = batch_size) -> Cost:
         def run() -> None:
@@ -65,7 +67,7 @@ def main(config: ConfigDict) -> None:
                 start_step=start_step,
                 end_step=start_step + steps,
                 workers=data.workers,
-                threads=data.threads,
+                threads=threads,
                 prefetch=data.prefetch,
                 bad_records=data.bad_records,
             )
@@ -81,7 +83,7 @@ def main(config: ConfigDict) -> None:
             return plain_transform(record, transform, example_rng(config.seed, g))
 
         def run() -> None:
-            with concurrent.futures.ThreadPoolExecutor(data.threads) as pool:
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 for step in range(start_step, start_step + steps):
                     np.stack(list(pool.map(row, range(step * batch_size, (step + 1) * batch_size))))
 
@@ -99,7 +101,7 @@ def main(config: ConfigDict) -> None:
 
     print(f"{len(source)} records of {source.name} {source.split!r}, {size[0]} x {size[1]} px")
     print(
-        f"batches of {batch_size}, {data.workers} workers, {data.threads} threads; "
+        f"batches of {batch_size}, {data.workers} workers, {threads} threads; "
         f"median of {ROUNDS} rounds of {STEPS * batch_size} images"
     )
     for name, costs in zip(("mae_jax", "plain"), zip(*rounds, strict=True), strict=True):
