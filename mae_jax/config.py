@@ -34,6 +34,9 @@ def default_config() -> ConfigDict:
     config.epochs = 800.0  # of the training split; one epoch = examples // batch_size steps
     config.steps = 0  # more than 0: total steps, in place of epochs
     config.log_every = 50  # steps
+    # Weights to start from: a workdir, or a file or folder of any format `mae_jax.export` writes or
+    # the official code, timm and Hugging Face use. Empty: from scratch.
+    config.init_from = ""
     config.compute_dtype = "bfloat16"  # parameters, softmax, norms and loss stay float32
 
     config.model = ConfigDict()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
@@ -26,6 +27,7 @@ from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed import startup
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
 from mae_jax.interop.files import write_atomically
+from mae_jax.interop.load import load_into
 from mae_jax.tasks.pretrain import Pretrain, PretrainData, Reconstructions
 from mae_jax.train.checkpoints import CheckpointError, Checkpoints
 from mae_jax.train.loop import Action, NonFiniteLossError, train
@@ -84,6 +86,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     restored = checkpoints.restore_newest(abstract, lambda record: check_fits(record, config, data))
     if restored is None:
         state, elapsed_before = jax.jit(task.init, out_shardings=shardings_of(abstract))(), 0.0
+        if config.init_from:
+            state = start_from(config.init_from, task, state, mesh)
     else:
         state, record = restored
         elapsed_before = record["elapsed_seconds"]
@@ -165,7 +169,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             task.total_steps,
         )
         return
-    params = jax.jit(lambda tree: tree, out_shardings=mesh_lib.replicated(mesh))(state.best_params)
+    params = mesh_lib.to_host(state.best_params, mesh)
     if jax.process_index() == 0:
         facts = {
             "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
@@ -173,11 +177,25 @@ def run(config: ConfigDict, workdir: str) -> None:
             "batch size": config.batch_size,
             "epochs": f"{task.total_steps * config.batch_size / len(data.train):.1f}",
             "compute type": config.compute_dtype,
+            "started from": config.init_from or "random weights",
             "weights": "moving average" if state.ema is not None else "of the last step",
             "trained with": f"mae_jax {mae_jax.__version__}",
         }
-        task.export(jax.device_get(params), path / "export", facts)
+        task.export(params, path / "export", facts)
     logging.info("done: %d steps. Encoder, pictures and metrics are in %s", stopped_at, path)
+
+
+def start_from(source: str, task: Pretrain, state: TrainState, mesh: Mesh) -> TrainState:
+    """The state at step 0 with the weights of another model, as far as they fit.
+
+    Raises:
+      ValueError: weights that cannot be read, or would do silent harm.
+    """
+    params, report = load_into(mesh_lib.to_host(state.params, mesh), source, task.description)
+    logging.info("%s", report)
+    params = mesh_lib.place(params, shardings_of(state.params))
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)
 
 
 def check_fits(record: dict[str, Any], config: ConfigDict, data: PretrainData) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,23 @@ def test_a_finished_run_started_again_trains_no_further(undisturbed):
     result = run(undisturbed)
     assert result.returncode == 0
     assert losses(undisturbed) == before
+
+
+def test_a_run_may_start_from_the_weights_of_another(undisturbed, tmp_path):
+    # A learning rate of nothing: what comes out is what went in.
+    still = {"optim__base_lr": 1e-30, "optim__weight_decay": 0.0, "steps": 3}
+    for source in (undisturbed, undisturbed / "export" / "encoder.safetensors"):
+        workdir = tmp_path / source.name
+        result = run(workdir, init_from=source, mesh__fsdp=2, devices=2, **still)
+        assert result.returncode == 0, result.stderr
+        assert re.search(rf"loaded \d+ tensors from .*{source}", result.stderr)
+        for name, tensor in exported(undisturbed).items():
+            np.testing.assert_allclose(exported(workdir)[name], tensor, atol=1e-7, err_msg=name)
+    fresh_decoder = "not in the file, freshly initialised" in result.stderr
+    assert fresh_decoder
+    refused = run(tmp_path / "wide", init_from=undisturbed, model__width=64)
+    assert refused.returncode == 2
+    assert "width 32" in refused.stderr
 
 
 def test_another_device_count_continues_the_run(undisturbed, tmp_path):

@@ -88,10 +88,20 @@ def global_batch(
     return jax.tree.map(assemble, batch)
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, equal in every process, as global arrays laid out by `shardings`."""
+
+    def place_one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(lambda x, sharding: place_one(np.asarray(x), sharding), tree, shardings)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Host arrays, equal in every process, as fully replicated global arrays."""
+    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
-    def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
-    return jax.tree.map(lambda x: place(np.asarray(x)), tree)
+def to_host(tree: Any, mesh: Mesh) -> Any:
+    """Global arrays, however they are laid out, as numpy arrays in every process."""
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
