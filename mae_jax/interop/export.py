@@ -162,13 +162,11 @@ Exporter = Callable[[Params, pathlib.Path, Description, Mapping[str, Any]], path
 def timm_config(d: Description) -> dict[str, Any]:
     """`config.json` for timm's `local-dir:` and `hf-hub:` sources."""
     height, width = d.image_size
-    pool = "avg" if d.pool == "mean" else "token"
     return {
         # Any plain ViT will do: model_args overrides all of its sizes.
         "architecture": "vit_base_patch16_224",
         "num_classes": d.classes,
         "num_features": d.width,
-        "global_pool": pool,
         "model_args": {
             "img_size": [height, width],
             "patch_size": d.patch_size,
@@ -176,6 +174,7 @@ def timm_config(d: Description) -> dict[str, Any]:
             "embed_dim": d.width,
             "depth": d.depth,
             "num_heads": d.heads,
+            "global_pool": "avg" if d.pool == "mean" else "token",
         },
         "pretrained_cfg": {
             "input_size": [d.channels, height, width],
