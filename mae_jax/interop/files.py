@@ -87,7 +87,11 @@ def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return read_torch(path), {}
-    except (safetensors.SafetensorError, TorchFileError) as error:
+    except safetensors.SafetensorError as error:
+        raise WeightsError(
+            f"{path}: truncated or damaged ({error}); fetch or copy it again"
+        ) from error
+    except TorchFileError as error:
         raise WeightsError(f"{path}: {error}") from error
 
 
