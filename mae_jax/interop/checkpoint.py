@@ -62,11 +62,14 @@ class Checkpoint:
         return from_official(self.tensors, keep_positions=self.trained_positions)
 
 
-def open_checkpoint(path: str | pathlib.Path, **known: Any) -> Checkpoint:
+def open_checkpoint(
+    path: str | pathlib.Path, *, fallback: Description | None = None, **known: Any
+) -> Checkpoint:
     """Reads weights, whatever their format.
 
     Args:
       path: a file, a Hugging Face or timm folder, an export or a workdir of this project.
+      fallback: the model the weights are for, believed where the source does not tell.
       known: fields of `Description` that the source does not tell (`heads`, `image_size`,
         `target`, `mean`, `std` ...).
 
@@ -78,7 +81,7 @@ def open_checkpoint(path: str | pathlib.Path, **known: Any) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if path.is_file():
-        return _from_file(path, known)
+        return _from_file(path, known, fallback)
     if (path / DESCRIPTION_FILE).is_file() and (path / ORBAX_FOLDER).is_dir():
         description = Description.from_json((path / DESCRIPTION_FILE).read_text())
         params = read_params(path / ORBAX_FOLDER)
@@ -88,7 +91,7 @@ def open_checkpoint(path: str | pathlib.Path, **known: Any) -> Checkpoint:
         where = f"workdir {path}, step {facts['steps']}"
         return _from_params(params, _agree(description, known, path), where, facts)
     if (path / "model.safetensors.index.json").is_file():
-        return _from_shards(path, known)
+        return _from_shards(path, known, fallback)
     files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
     # Hugging Face folders often hold the same weights twice; the pickle is the older one.
     files = [p for p in files if p.suffix == ".safetensors"] or files
@@ -97,26 +100,34 @@ def open_checkpoint(path: str | pathlib.Path, **known: Any) -> Checkpoint:
             f"{path}: expected one file of weights ({', '.join(SUFFIXES)}), found "
             f"{[p.name for p in files] or 'none'}; and it is no workdir (no checkpoints/)"
         )
-    return _from_file(files[0], known)
+    return _from_file(files[0], known, fallback)
 
 
-def _from_file(path: pathlib.Path, known: dict[str, Any]) -> Checkpoint:
+def _from_file(
+    path: pathlib.Path, known: dict[str, Any], fallback: Description | None
+) -> Checkpoint:
     tensors, metadata = read_tensors(path)
-    return _from_tensors(tensors, metadata, path, known)
+    return _from_tensors(tensors, metadata, path, known, fallback)
 
 
-def _from_shards(folder: pathlib.Path, known: dict[str, Any]) -> Checkpoint:
+def _from_shards(
+    folder: pathlib.Path, known: dict[str, Any], fallback: Description | None
+) -> Checkpoint:
     index = read_json(folder / "model.safetensors.index.json")
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(index["weight_map"].values())):
         if pathlib.Path(name).name != name:
             raise WeightsError(f"{folder}: its index names {name!r}, a file outside the folder")
         tensors |= read_tensors(folder / name)[0]
-    return _from_tensors(tensors, {}, folder / "model.safetensors.index.json", known)
+    return _from_tensors(tensors, {}, folder / "model.safetensors.index.json", known, fallback)
 
 
 def _from_tensors(
-    tensors: Tensors, metadata: dict[str, str], path: pathlib.Path, known: dict[str, Any]
+    tensors: Tensors,
+    metadata: dict[str, str],
+    path: pathlib.Path,
+    known: dict[str, Any],
+    fallback: Description | None,
 ) -> Checkpoint:
     notes: list[str] = []
     ignored = [name for name in tensors if name.startswith(_IGNORED)]
@@ -142,7 +153,7 @@ def _from_tensors(
             told = _timm_facts(path.parent)
             kind = "timm" if told else "official MAE or timm"
         told = told | known
-    description = infer(tensors, str(path), **told)
+    description = infer(tensors, str(path), fallback, **told)
     return _check(tensors, description, f"{kind} weights {path}", notes, {})
 
 

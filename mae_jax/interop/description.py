@@ -103,10 +103,14 @@ class Description:
             ) from error
 
 
-def infer(tensors: Tensors, where: str, **known: object) -> Description:
+def infer(
+    tensors: Tensors, where: str, fallback: Description | None = None, **known: object
+) -> Description:
     """Reads a description off official tensors.
 
     Args:
+      fallback: a model whose heads, image shape and statistics are taken where nothing else tells
+        them: the one the weights are loaded into.
       known: fields that the file's config tells, or its user; they are believed, and a tensor of
         another shape is an error.
 
@@ -130,20 +134,23 @@ def infer(tensors: Tensors, where: str, **known: object) -> Description:
     patches = tensors["pos_embed"].shape[1] - 1
     if "image_size" not in known:
         side = math.isqrt(patches)
-        if side**2 != patches:
+        if side**2 == patches:  # first, so that fitting it to a rectangle is reported
+            found["image_size"] = (side * kernel[2], side * kernel[2])
+        elif fallback and fallback.grid[0] * fallback.grid[1] == patches:
+            found["image_size"] = tuple(n * kernel[2] for n in fallback.grid)
+        else:
             raise WeightsError(
                 f"{where}: {patches} patches are not a square and the file does not say how they "
                 "lie; give image_size as height,width"
             )
-        found["image_size"] = (side * kernel[2], side * kernel[2])
     if "heads" not in known:
-        found["heads"] = _heads(kernel[0], _HEADS, "heads", where)
+        found["heads"] = _heads(kernel[0], _HEADS, "heads", where, fallback)
     if "mask_token" in tensors:
         width = tensors["mask_token"].shape[-1]
         found["decoder_width"] = width
         found["decoder_depth"] = _depth(tensors, "decoder_blocks")
         if "decoder_heads" not in known:
-            found["decoder_heads"] = _heads(width, _DECODER_HEADS, "decoder_heads", where)
+            found["decoder_heads"] = _heads(width, _DECODER_HEADS, "decoder_heads", where, fallback)
     if "head.weight" in tensors:
         found["classes"] = tensors["head.weight"].shape[0]
         found["pool"] = "mean" if "fc_norm.weight" in tensors else "cls"
@@ -155,10 +162,15 @@ def infer(tensors: Tensors, where: str, **known: object) -> Description:
             )
     merged = {**found, **known}
     if merged["channels"] != 3 and not {"mean", "std"} <= merged.keys():
-        raise WeightsError(
-            f"{where}: {kernel[1]} input channel(s), and the file does not say how they are "
-            "normalised; give mean and std, one value per channel"
-        )
+        if fallback and fallback.channels == kernel[1]:
+            merged |= {"mean": fallback.mean, "std": fallback.std}
+        elif fallback:  # other channels are adapted; nothing is computed with these
+            merged |= {"mean": (0.0,) * kernel[1], "std": (1.0,) * kernel[1]}
+        else:
+            raise WeightsError(
+                f"{where}: {kernel[1]} input channel(s), and the file does not say how they are "
+                "normalised; give mean and std, one value per channel"
+            )
     description = Description(**merged)
     if patches != description.grid[0] * description.grid[1]:
         raise WeightsError(
@@ -222,13 +234,17 @@ def _depth(tensors: Tensors, stack: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _heads(width: int, table: dict[int, int], field: str, where: str) -> int:
-    if width not in table:
-        raise WeightsError(
-            f"{where}: the number of attention heads cannot be read off tensors of width {width}; "
-            f"give {field}"
-        )
-    return table[width]
+def _heads(
+    width: int, table: dict[int, int], field: str, where: str, fallback: Description | None
+) -> int:
+    if width in table:
+        return table[width]
+    if fallback and width == getattr(fallback, "decoder_width" if "decoder" in field else "width"):
+        return getattr(fallback, field)
+    raise WeightsError(
+        f"{where}: the number of attention heads cannot be read off tensors of width {width}; give "
+        f"{field}"
+    )
 
 
 def _some(tensors: Tensors) -> str:

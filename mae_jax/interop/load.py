@@ -57,7 +57,8 @@ def load_into(
       params: of the model about to run: `encoder` with or without `decoder`, `fc_norm`, `head`.
         A tree that holds `encoder/pos_embed` trains its positions.
       path: see `open_checkpoint`.
-      model: describes that model.
+      model: describes that model. Where the checkpoint does not tell its heads, image shape or
+        statistics, they are taken to be the model's.
       parts: "encoder" leaves the decoder at its initial values.
       known: see `open_checkpoint`.
 
@@ -69,7 +70,7 @@ def load_into(
     """
     if parts not in PARTS:
         raise WeightsError(f"parts {parts!r}: choose one of {', '.join(PARTS)}")
-    return fit(params, open_checkpoint(path, **known), model, parts=parts)
+    return fit(params, open_checkpoint(path, fallback=model, **known), model, parts=parts)
 
 
 def fit(

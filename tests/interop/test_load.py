@@ -253,6 +253,16 @@ def test_what_cannot_be_known_is_asked_for(tmp_path):
     assert d.grid == (2, 6)
 
 
+def test_what_a_file_does_not_tell_is_taken_from_the_model_it_is_for(tmp_path):
+    d = dataclasses.replace(
+        SMALL, image_size=(16, 48), channels=1, mean=(0.3,), std=(0.2,), target="pixel"
+    )
+    tensors = to_official(random_params(d, seed=1), image_size=(16, 48), patch_size=8, channels=1)
+    loaded, report = load_into(random_params(d, seed=2), write(tmp_path, tensors), d)
+    assert_same_tree(loaded, random_params(d, seed=1))
+    assert not report.adapted
+
+
 def test_what_is_said_must_agree_with_the_file(tmp_path):
     path = write(tmp_path, official_tensors(), SMALL.to_metadata())
     with pytest.raises(WeightsError, match="heads is 4, not 8"):
