@@ -19,6 +19,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 STACKINGS = ("unrolled", "scan")
 CROPS = ("random_resized", "centre")
 BAD_RECORDS = ("stop", "skip")
+INIT_PARTS = ("all", "encoder")
 
 
 class ConfigError(ValueError):
@@ -37,6 +38,7 @@ def default_config() -> ConfigDict:
     # Weights to start from: a workdir, or a file or folder of any format `mae_jax.export` writes or
     # the official code, timm and Hugging Face use. Empty: from scratch.
     config.init_from = ""
+    config.init_parts = "all"  # or encoder: leave the decoder at its random start
     config.compute_dtype = "bfloat16"  # parameters, softmax, norms and loss stay float32
 
     config.model = ConfigDict()
@@ -202,6 +204,7 @@ def validate(config: ConfigDict) -> None:
     for field, choices in {
         "task": TASKS,
         "compute_dtype": COMPUTE_DTYPES,
+        "init_parts": INIT_PARTS,
         "model.variant": VARIANTS,
         "model.stacking": STACKINGS,
         "model.remat": REMAT_POLICIES,

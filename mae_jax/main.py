@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     if restored is None:
         state, elapsed_before = jax.jit(task.init, out_shardings=shardings_of(abstract))(), 0.0
         if config.init_from:
-            state = start_from(config.init_from, task, state, mesh)
+            state = start_from(config.init_from, config.init_parts, task, state, mesh)
     else:
         state, record = restored
         elapsed_before = record["elapsed_seconds"]
@@ -185,13 +185,16 @@ def run(config: ConfigDict, workdir: str) -> None:
     logging.info("done: %d steps. Encoder, pictures and metrics are in %s", stopped_at, path)
 
 
-def start_from(source: str, task: Pretrain, state: TrainState, mesh: Mesh) -> TrainState:
+def start_from(
+    source: str, parts: str, task: Pretrain, state: TrainState, mesh: Mesh
+) -> TrainState:
     """The state at step 0 with the weights of another model, as far as they fit.
 
     Raises:
       ValueError: weights that cannot be read, or would do silent harm.
     """
-    params, report = load_into(mesh_lib.to_host(state.params, mesh), source, task.description)
+    fresh = mesh_lib.to_host(state.params, mesh)
+    params, report = load_into(fresh, source, task.description, parts=parts)
     logging.info("%s", report)
     params = mesh_lib.place(params, shardings_of(state.params))
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)

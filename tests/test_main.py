@@ -195,6 +195,11 @@ def test_a_run_may_start_from_the_weights_of_another(undisturbed, tmp_path):
             np.testing.assert_allclose(exported(workdir)[name], tensor, atol=1e-7, err_msg=name)
     fresh_decoder = "not in the file, freshly initialised" in result.stderr
     assert fresh_decoder
+    other_decoder = {"init_from": undisturbed, "decoder__depth": 2, **still}
+    refused = run(tmp_path / "deep", **other_decoder)
+    assert refused.returncode == 2
+    assert "init_parts = encoder" in refused.stderr
+    assert run(tmp_path / "deep", init_parts="encoder", **other_decoder).returncode == 0
     refused = run(tmp_path / "wide", init_from=undisturbed, model__width=64)
     assert refused.returncode == 2
     assert "width 32" in refused.stderr

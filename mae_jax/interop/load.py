@@ -131,7 +131,7 @@ def _require_same_encoder(theirs: Description, model: Description, source: str) 
 
 def _require_same_decoder(checkpoint: Checkpoint, model: Description) -> None:
     theirs, source = checkpoint.description, checkpoint.source
-    remedy = "or load the encoder alone (parts 'encoder')"
+    remedy = "or load the encoder alone (init_parts = encoder)"
     for field in ("decoder_width", "decoder_depth", "decoder_heads", "patch_size", "channels"):
         if getattr(theirs, field) != getattr(model, field):
             shown = field.replace("decoder_", "decoder.")
@@ -147,7 +147,7 @@ def _require_same_decoder(checkpoint: Checkpoint, model: Description) -> None:
     if checkpoint.trained_decoder_positions:
         raise WeightsError(
             f"{source}: its decoder was trained with other positions than the fixed sine-cosine "
-            f"ones used here. Load the encoder alone (parts 'encoder')"
+            f"ones used here. Load the encoder alone (init_parts = encoder)"
         )
 
 
