@@ -3,8 +3,8 @@ import pickle
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import TinyDataset, jpeg
 from PIL import Image
+from tiny_dataset import TinyDataset, jpeg
 
 from mae_jax.data import demo
 from mae_jax.data.sources import DecodeError, open_source

@@ -3,7 +3,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from conftest import TinyDataset, write_tfrecord
+from tiny_dataset import TinyDataset, write_tfrecord
 
 from mae_jax.data import tfrecord
 from mae_jax.data.sources import DecodeError, open_source
