@@ -1,139 +1,246 @@
-import collections
+import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
+from tiny_dataset import jpeg
 
-from mae_jax.data.pipeline import eval_batches, example_index, train_batches
+from mae_jax.data.pipeline import eval_batches, example_index, example_rng, train_batches
 from mae_jax.data.record import DecodeError, Record
+from mae_jax.data.transforms import EvalTransform, TrainTransform
+
+TRANSFORM = TrainTransform((16, 16))
 
 
-class Numbered:
-    """Picture i is filled with i; the ones in `broken` cannot be decoded."""
+@dataclasses.dataclass
+class Pictures:
+    """n small JPEGs, those in `bad` cut short; the label is the index."""
 
-    name, split, num_classes, class_names = "numbered", "train", None, None
-
-    def __init__(self, count, broken=()):
-        self.count, self.broken = count, broken
+    n: int
+    bad: tuple[int, ...] = ()
+    name: str = "pictures"
+    split: str = "train"
+    num_classes: int | None = None
+    class_names: list[str] | None = None
 
     def __len__(self):
-        return self.count
+        return self.n
 
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise DecodeError(f"numbered#{index}: broken")
-        return Record(np.full((2, 2, 1), index, np.uint8), index, f"numbered#{index}")
-
-
-class Draw:
-    """Writes the record's number and one random byte."""
-
-    shape = (1, 2, 1)
-
-    def __call__(self, record, rng):
-        byte = 0 if rng is None else int(rng.integers(256))
-        return np.asarray([record.label, byte], np.uint8).reshape(self.shape)
+    def __getitem__(self, i):
+        data = jpeg(24, 24, seed=i)
+        return Record(data[:200] if i in self.bad else data, i, f"pictures/train#{i}")
 
 
-def collect(count=10, broken=(), batch_size=4, positions=None, start=0, end=8, seed=3, **options):
-    positions = np.arange(batch_size) if positions is None else np.asarray(positions)
-    arguments = {"seed": seed, "batch_size": batch_size, "positions": positions, **options}
-    with train_batches(
-        Numbered(count, broken), Draw(), start_step=start, end_step=end, **arguments
-    ) as batches:
-        images = [batch["image"][:, 0, :, 0] for batch in batches]
-        return np.stack(images), batches.skipped  # [steps, b, 2]
+def train(source, batch_size=4, positions=None, transform=TRANSFORM, **options):
+    positions = np.arange(batch_size) if positions is None else positions
+    return train_batches(
+        source,
+        transform,
+        **{"seed": 3, "batch_size": batch_size, "positions": positions, **options},
+    )
 
 
-def test_every_epoch_shows_every_record_once_in_another_order():
-    images, _ = collect(count=10, batch_size=4, end=10)
-    stream = images[:, :, 0].ravel()
-    epochs = stream.reshape(4, 10)
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(10))
-    assert len({tuple(epoch) for epoch in epochs}) == 4
+def take(batches):
+    with batches:
+        return list(batches)
 
 
-def test_order_is_the_published_function_of_seed_and_place():
-    images, _ = collect(count=7, batch_size=4, end=6, seed=5)
-    expected = [example_index(5, g, 7) for g in range(24)]
-    assert images[:, :, 0].ravel().tolist() == expected
+def labels(batches):
+    return np.concatenate([b["label"] for b in take(batches)])
 
 
-def test_starting_in_the_middle_gives_the_same_batches():
-    whole, _ = collect(end=9)
-    rest, _ = collect(start=5, end=9)
-    np.testing.assert_array_equal(rest, whole[5:])
+def assert_equal(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 400, 4097])
+def test_every_epoch_is_every_record_once(n):
+    for seed in (0, 1, 2**40):
+        for epoch in (0, 1, 7):
+            order = [example_index(seed, epoch * n + i, n) for i in range(n)]
+            assert sorted(order) == list(range(n))
+
+
+def test_order_differs_between_epochs_and_seeds():
+    orders = {
+        tuple(example_index(seed, epoch * 100 + i, 100) for i in range(100))
+        for seed in range(5)
+        for epoch in range(5)
+    }
+    assert len(orders) == 25
+
+
+def test_epochs_follow_without_a_seam_and_drop_nothing():
+    got = labels(train(Pictures(10), batch_size=4, end_step=5))  # 20 examples: two epochs
+    assert sorted(got[:10]) == sorted(got[10:]) == list(range(10))
+
+
+def test_batch_may_be_larger_than_the_dataset():
+    got = labels(train(Pictures(3), batch_size=8, end_step=3))
+    assert np.bincount(got).tolist() == [8, 8, 8]
+
+
+def test_without_shuffling_the_order_is_the_datasets():
+    got = labels(train(Pictures(5), batch_size=4, end_step=3, shuffle=False))
+    assert got.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_batches_have_the_promised_types():
+    (batch,) = take(train(Pictures(5), batch_size=4, end_step=1))
+    assert {k: (v.dtype, v.shape) for k, v in batch.items()} == {
+        "image": (np.uint8, (4, 16, 16, 3)),
+        "label": (np.int32, (4,)),
+    }
+
+
+def test_crop_depends_on_seed_and_example_alone():
+    source = Pictures(5)
+    (batch,) = take(train(source, batch_size=4, start_step=6, end_step=7, threads=3))
+    for position in range(4):
+        g = 6 * 4 + position
+        record = source[example_index(3, g, 5)]
+        np.testing.assert_array_equal(
+            batch["image"][position], TRANSFORM(record, example_rng(3, g))
+        )
+    assert example_rng(3, 24).random() != example_rng(3, 25).random()
+    assert example_rng(3, 24).random() != example_rng(4, 24).random()
+
+
+def test_starting_at_a_step_equals_having_run_to_it():
+    whole = take(train(Pictures(7), end_step=8))
+    assert_equal(take(train(Pictures(7), start_step=5, end_step=8)), whole[5:])
+
+
+def test_endless_stream_starts_anywhere():
+    with train(Pictures(7), start_step=10**12) as batches:
+        far = next(batches)
+    assert_equal([far], take(train(Pictures(7), start_step=10**12, end_step=10**12 + 1)))
+
+
+def test_processes_together_see_the_batch_of_one():
+    whole = take(train(Pictures(11), batch_size=6, end_step=4))
+    for parts in ([[0, 1, 2], [3, 4, 5]], [[5, 0], [2], [1, 4, 3]]):
+        for part in parts:
+            got = take(train(Pictures(11), batch_size=6, positions=np.array(part), end_step=4))
+            assert_equal(got, [{k: v[part] for k, v in b.items()} for b in whole])
+
+
+def test_threads_and_prefetch_change_nothing():
+    expected = take(train(Pictures(9), batch_size=5, end_step=6, threads=1, prefetch=1))
+    assert_equal(
+        take(train(Pictures(9), batch_size=5, end_step=6, threads=7, prefetch=4)), expected
+    )
+
+
+def test_worker_processes_change_nothing_and_pass_errors_on():
+    options = {"batch_size": 4, "end_step": 5, "bad_records": "skip"}
+    expected = train(Pictures(6, bad=(2,)), **options)
+    got = train(Pictures(6, bad=(2,)), workers=2, **options)
+    assert_equal(take(got), take(expected))
+    assert got.skipped == expected.skipped == 3
+    with (
+        train(Pictures(6, bad=(2,)), workers=1, end_step=5) as batches,
+        pytest.raises(DecodeError, match="pictures/train#2: damaged JPEG"),
+    ):
+        list(batches)
+
+
+def test_bad_record_stops_with_its_name():
+    with (
+        train(Pictures(6, bad=(2,)), end_step=3) as batches,
+        pytest.raises(DecodeError, match="pictures/train#2: damaged JPEG"),
+    ):
+        list(batches)
+
+
+def test_bad_records_are_replaced_by_the_next_good_one_and_counted(caplog):
+    clean = labels(train(Pictures(6), end_step=6))
+    batches = train(Pictures(6, bad=(2, 3)), end_step=6, bad_records="skip")
+    with caplog.at_level("WARNING"):
+        got = labels(batches)
+    np.testing.assert_array_equal(got, np.where((clean == 2) | (clean == 3), 4, clean))
+    assert batches.skipped == np.isin(clean, (2, 3)).sum() == 8
+    logged = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+    assert len(logged) == 2  # once per name
+    assert_equal(
+        take(train(Pictures(6, bad=(2, 3)), start_step=4, end_step=6, bad_records="skip")),
+        take(train(Pictures(6, bad=(2, 3)), end_step=6, bad_records="skip"))[4:],
+    )
+
+
+def test_only_bad_records_is_an_error_even_when_skipping():
+    with (
+        train(Pictures(2, bad=(0, 1)), end_step=1, bad_records="skip") as batches,
+        pytest.raises(DecodeError, match="none of the 2 records"),
+    ):
+        list(batches)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9])
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[3], [0, 1, 2]]])
+def test_evaluation_sees_every_record_once_in_as_many_batches_everywhere(n, parts):
+    seen = []
+    for part in parts:
+        batches = take(
+            eval_batches(Pictures(n), EvalTransform((8, 8)), batch_size=4, positions=np.array(part))
+        )
+        assert len(batches) == -(-n // 4)
+        for batch in batches:
+            assert batch["image"].shape == (len(part), 8, 8, 3)
+            assert batch["weight"].dtype == np.float32
+            real = batch["weight"] == 1
+            seen += batch["label"][real].tolist()
+            assert (batch["weight"][~real] == 0).all()
+            assert (batch["label"][~real] == 0).all()
+            assert (batch["image"][~real] == 0).all()
+    assert sorted(seen) == list(range(n))
+
+
+def test_evaluation_weighs_a_bad_record_nothing():
+    options = {"batch_size": 4, "positions": np.arange(4)}
+    batches = eval_batches(
+        Pictures(6, bad=(2,)), EvalTransform((8, 8)), bad_records="skip", **options
+    )
+    weights = np.concatenate([b["weight"] for b in take(batches)])
+    assert weights.tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
+    assert batches.skipped == 1
+    with (
+        eval_batches(Pictures(6, bad=(2,)), EvalTransform((8, 8)), **options) as batches,
+        pytest.raises(DecodeError, match="pictures/train#2"),
+    ):
+        list(batches)
+
+
+def test_closing_ends_all_threads():
+    before = set(threading.enumerate())
+    batches = train(Pictures(6), threads=3)
+    next(batches)
+    batches.close()
+    batches.close()
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": 1}, {"threads": 3}, {"workers": 2}, {"prefetch": 1}]
+    ("options", "message"),
+    [
+        ({"positions": np.array([4])}, r"positions must lie in \[0, batch_size=4\)"),
+        ({"positions": np.array([0.5])}, "positions must be integers"),
+        ({"batch_size": 0, "positions": np.array([0])}, "batch_size=0"),
+        ({"bad_records": "ignore"}, r"data\.bad_records='ignore'"),
+        ({"workers": -1}, r"data\.workers=-1"),
+        ({"prefetch": 0}, r"data\.prefetch=0"),
+        ({"seed": -1}, "seed -1"),
+        ({"start_step": 3, "end_step": 2}, "start_step 3"),
+    ],
 )
-def test_threads_and_processes_change_nothing(options):
-    whole, _ = collect()
-    np.testing.assert_array_equal(collect(**options)[0], whole)
-
-
-def test_each_process_loads_its_rows_of_the_global_batch():
-    whole, _ = collect(batch_size=6)
-    part, _ = collect(batch_size=6, positions=[4, 1])
-    np.testing.assert_array_equal(part, whole[:, [4, 1]])
-
-
-def test_crops_differ_between_examples_epochs_and_seeds():
-    images, _ = collect(count=10, batch_size=10, end=4)
-    by_record = collections.defaultdict(list)
-    for record, byte in images.reshape(-1, 2):
-        by_record[record].append(byte)
-    assert all(len(set(values)) > 1 for values in by_record.values())
-    other, _ = collect(count=10, batch_size=10, end=4, seed=4)
-    assert (images != other).any()
-
-
-def test_a_data_set_smaller_than_the_batch_is_repeated():
-    images, _ = collect(count=3, batch_size=8, end=3)
-    counts = collections.Counter(images[:, :, 0].ravel().tolist())
-    assert counts == {0: 8, 1: 8, 2: 8}
-
-
-def test_without_shuffling_records_come_in_order():
-    images, _ = collect(count=5, batch_size=5, end=2, shuffle=False)
-    assert images[:, :, 0].tolist() == [[0, 1, 2, 3, 4]] * 2
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_record_stops_the_run_with_its_name(workers):
-    with pytest.raises(Exception, match=r"numbered#6: broken"):
-        collect(broken=(6,), workers=workers)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_skipping_takes_the_next_record_and_counts(workers):
-    clean, zero = collect(count=10, batch_size=5, end=4)
-    images, skipped = collect(
-        count=10, batch_size=5, end=4, broken=(6, 7), bad_records="skip", workers=workers
-    )
-    assert zero == 0
-    assert skipped == 4  # two records in each of two epochs
-    expected = np.where(np.isin(clean[:, :, 0], (6, 7)), 8, clean[:, :, 0])
-    np.testing.assert_array_equal(images[:, :, 0], expected)
-    np.testing.assert_array_equal(images[:, :, 1], clean[:, :, 1])
-
-
-def test_when_no_record_can_be_decoded_skipping_ends():
-    with pytest.raises(DecodeError, match="none of the 3 records"):
-        collect(count=3, broken=(0, 1, 2), bad_records="skip")
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_evaluation_sees_every_record_exactly_once(processes):
-    seen = []
-    for process in range(processes):
-        positions = np.arange(8).reshape(processes, -1)[process]
-        with eval_batches(Numbered(21), Draw(), batch_size=8, positions=positions) as batches:
-            collected = list(batches)
-        assert len(collected) == 3
-        for batch in collected:
-            real = batch["weight"] == 1
-            seen += batch["image"][real, 0, 0, 0].tolist()
-            assert (batch["image"][~real] == 0).all()
-    assert sorted(seen) == list(range(21))
+def test_wrong_arguments_are_refused_before_any_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(Pictures(3), **options)

@@ -12,35 +12,47 @@ from mae_jax.data.preprocess import (
     random_flip,
 )
 
-
-def test_normalising_is_the_references_formula_and_is_undone():
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
-    expected = (images / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
-    normalised = normalize(jnp.asarray(images), IMAGENET_MEAN, IMAGENET_STD)
-    np.testing.assert_allclose(normalised, expected, atol=1e-5)
-    np.testing.assert_array_equal(denormalize(normalised, IMAGENET_MEAN, IMAGENET_STD), images)
+KEY = jax.random.key(5)
+IMAGES = np.random.default_rng(0).integers(0, 256, (64, 6, 5, 3), np.uint8)
 
 
-def test_statistics_of_another_channel_count_are_refused():
-    with pytest.raises(ValueError, match="1 channels, but mean has 3"):
-        normalize(jnp.zeros((1, 2, 2, 1), jnp.uint8), IMAGENET_MEAN, IMAGENET_STD)
+def test_keys_do_not_depend_on_how_the_batch_is_divided():
+    whole = jax.random.key_data(example_keys(KEY, 7, jnp.arange(8)))
+    parts = [jnp.array([5, 1, 6]), jnp.array([0, 2, 3, 4, 7])]
+    for part in parts:
+        got = jax.random.key_data(example_keys(KEY, jnp.int32(7), part))
+        np.testing.assert_array_equal(got, whole[part])
 
 
-def test_keys_depend_on_step_and_place_alone():
-    key = jax.random.key(0)
-    keys = example_keys(key, 5, jnp.arange(8))
-    data = jax.random.key_data(keys)
-    assert len(np.unique(data, axis=0)) == 8
-    part = example_keys(key, 5, jnp.asarray([6, 2]))
-    np.testing.assert_array_equal(jax.random.key_data(part), data[np.asarray([6, 2])])
-    other = example_keys(key, 6, jnp.arange(8))
-    assert (jax.random.key_data(other) != data).any(axis=1).all()
+def test_keys_differ_between_steps_and_positions():
+    keys = [jax.random.key_data(example_keys(KEY, s, jnp.arange(20))) for s in range(20)]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 400
 
 
-def test_half_of_the_images_are_mirrored_each_by_its_own_key():
-    images = jnp.arange(4000 * 3, dtype=jnp.uint8).reshape(4000, 1, 3, 1)
-    flipped = np.asarray(random_flip(images, jax.random.split(jax.random.key(0), 4000)))
-    mirrored = (flipped == np.asarray(images)[:, :, ::-1]).all(axis=(1, 2, 3))
-    same = (flipped == np.asarray(images)).all(axis=(1, 2, 3))
-    assert (mirrored ^ same).all()
-    assert 0.46 < mirrored.mean() < 0.54  # five standard deviations
+def test_flip_mirrors_about_half_of_the_images_left_to_right():
+    keys = example_keys(KEY, 0, jnp.arange(64))
+    out = np.asarray(jax.jit(random_flip)(IMAGES, keys))
+    assert out.dtype == np.uint8
+    flipped = np.array([(o == i[:, ::-1]).all() for o, i in zip(out, IMAGES, strict=True)])
+    kept = np.array([(o == i).all() for o, i in zip(out, IMAGES, strict=True)])
+    assert (flipped ^ kept).all()
+    assert 20 <= flipped.sum() <= 44  # 32 +- 3 standard deviations
+
+
+def test_normalize_is_the_formula_and_denormalize_its_inverse():
+    out = jax.jit(lambda x: normalize(x, IMAGENET_MEAN, IMAGENET_STD))(IMAGES)
+    assert out.dtype == jnp.float32
+    expected = (IMAGES / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_array_equal(denormalize(out, IMAGENET_MEAN, IMAGENET_STD), IMAGES)
+
+
+def test_denormalize_clips_what_no_picture_can_show():
+    out = denormalize(jnp.array([[[[-9.0], [9.0]]]]), (0.5,), (0.5,))
+    assert out.dtype == jnp.uint8
+    assert out.ravel().tolist() == [0, 255]
+
+
+def test_wrong_number_of_means_is_refused():
+    with pytest.raises(ValueError, match="3 channels, but mean has 1 values"):
+        normalize(IMAGES, (0.5,), (0.5,))

@@ -1,173 +1,264 @@
 import io
-import math
+import pickle
 
 import numpy as np
 import pytest
-from conftest import jpeg
 from PIL import Image
+from tiny_dataset import jpeg
 
+from mae_jax.data import demo
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import (
     EvalTransform,
     TrainTransform,
+    centre_box,
     decode,
     random_resized_crop_box,
     resize,
     resize_exact,
 )
 
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 
-def encoded(image, format_name, **options):
+
+def encoded(image, file_format, **options):
     file = io.BytesIO()
-    image.save(file, format_name, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
-def test_jpeg_decodes_as_pillow_does():
-    data = jpeg(60, 80, subsampling=0)  # no chroma to upsample: both decode the same numbers
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(decode(data, 3, "x").astype(int) - expected).mean() < 0.5
+def photograph(name):
+    label = [p[0] for p in demo.PHOTOGRAPHS].index(name)
+    return demo._parts("train")[label]
+
+
+def grey_levels(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).mean()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_colour_space_becomes_the_channels_asked_for(mode, channels):
-    data = jpeg(20, 30, mode=mode, **({} if mode == "L" else {"subsampling": 0}))
-    expected = Image.open(io.BytesIO(data)).convert("RGB")
-    expected = np.asarray(expected.convert("L") if channels == 1 else expected).astype(int)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_decodes_as_pillow_does(mode, channels, progressive):
+    data = jpeg(37, 51, seed=1, mode=mode, progressive=progressive)
+    image = Image.open(io.BytesIO(data))
+    expected = np.asarray(image.convert("RGB").convert("RGB" if channels == 3 else "L"))
     pixels = decode(data, channels, "x")
-    assert pixels.shape == (20, 30, channels)
-    assert pixels.dtype == np.uint8
-    assert np.abs(pixels.astype(int) - expected.reshape(pixels.shape)).mean() < 2.5
+    assert (pixels.shape, pixels.dtype) == ((37, 51, channels), np.uint8)
+    assert grey_levels(pixels.squeeze(), expected) < 1.0
 
 
-def test_png_palettes_transparency_and_16_bits_are_read():
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_of_every_mode_decodes(mode, channels):
+    image = Image.fromarray(photograph("coffee")[:40, :30]).convert(mode)
+    expected = np.asarray(image.convert("RGB").convert("RGB" if channels == 3 else "L"))
+    pixels = decode(encoded(image, "PNG"), channels, "x")
+    assert pixels.shape == (40, 30, channels)
+    np.testing.assert_array_equal(pixels.squeeze(), expected)
+
+
+def test_palette_with_transparency_decodes_to_its_colours():
+    image = Image.fromarray(photograph("coffee")[:40, :30]).convert("P")
+    data = encoded(image, "PNG", transparency=bytes([0, 128] + [255] * 254))
+    np.testing.assert_array_equal(decode(data, 3, "x"), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bit_png_keeps_its_upper_byte():
+    values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    pixels = decode(encoded(Image.fromarray(values), "PNG"), 1, "x")
+    np.testing.assert_array_equal(pixels[:, :, 0], values >> 8)
+
+
+@pytest.mark.parametrize("file_format", ["BMP", "WEBP", "GIF", "TIFF"])
+def test_other_picture_formats_decode(file_format):
+    image = Image.fromarray(photograph("coffee")[:40, :30])
+    data = encoded(image, file_format)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode(data, 3, "x"), expected)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncated_jpeg_is_an_error_naming_the_record(kept, progressive):
+    data = encoded(Image.fromarray(photograph("cat")), "JPEG", progressive=progressive)
+    with pytest.raises(DecodeError, match=r"imagenet2012/train#17 \(a\.JPEG\)"):
+        decode(data[: int(len(data) * kept)], 3, "imagenet2012/train#17 (a.JPEG)")
+
+
+def test_jpeg_whose_rest_is_zeros_is_an_error():
+    data = encoded(Image.fromarray(photograph("cat")), "JPEG")
+    with pytest.raises(DecodeError, match="damaged JPEG"):
+        decode(data[: len(data) // 2] + bytes(len(data) // 2), 3, "x")
+
+
+def test_stray_bytes_before_the_end_marker_lose_nothing():
+    data = jpeg(30, 40)
+    stray = data[:-2] + bytes(3) + data[-2:]
+    assert grey_levels(decode(stray, 3, "x"), decode(data, 3, "x")) < 0.5
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not a picture", encoded(Image.new("L", (9, 9)), "PNG")[:50]]
+)
+def test_what_is_no_picture_is_an_error(data):
+    with pytest.raises(DecodeError, match="cannot be decoded"):
+        decode(data, 3, "x")
+
+
+def test_arrays_change_channels_only_between_gray_and_rgb():
+    rgb = photograph("cat")[:9, :8]
+    assert decode(rgb, 3, "x") is rgb
+    gray = decode(rgb, 1, "x")
+    assert grey_levels(gray[:, :, 0], np.asarray(Image.fromarray(rgb).convert("L"))) < 0.6
+    np.testing.assert_array_equal(decode(gray, 3, "x"), np.repeat(gray, 3, axis=2))
+    seven = np.zeros((4, 5, 7), np.uint8)
+    assert decode(seven, 7, "x") is seven
+    with pytest.raises(DecodeError, match=r"has 7 channels, model\.channels=3"):
+        decode(seven, 3, "x")
+    with pytest.raises(DecodeError, match=r"model\.channels=7.*\.npy"):
+        decode(jpeg(9, 9), 7, "x")
+    with pytest.raises(DecodeError, match="float32"):
+        decode(seven.astype(np.float32), 7, "x")
+
+
+def test_random_crop_has_torchvisions_distribution():
     rng = np.random.default_rng(0)
-    rgb = Image.fromarray(rng.integers(0, 256, (9, 7, 3), np.uint8))
-    np.testing.assert_array_equal(decode(encoded(rgb, "PNG"), 3, "x"), np.asarray(rgb))
-    palette = rgb.quantize(16)
-    expected = np.asarray(palette.convert("RGB"))
-    np.testing.assert_array_equal(decode(encoded(palette, "PNG"), 3, "x"), expected)
-    rgba = rgb.convert("RGBA")
-    np.testing.assert_array_equal(decode(encoded(rgba, "PNG"), 3, "x"), np.asarray(rgb))
-    deep = rng.integers(0, 65536, (9, 7)).astype(np.uint16)
-    pixels = decode(encoded(Image.fromarray(deep), "PNG"), 1, "x")
-    np.testing.assert_array_equal(pixels[:, :, 0], deep >> 8)
+    h, w = 1000, 1400
+    boxes = np.array([random_resized_crop_box(rng, h, w, (0.1, 0.3), RATIO) for _ in range(4000)])
+    top, left, ch, cw = boxes.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + ch <= h).all()
+    assert (left + cw <= w).all()
+    # So small a crop always fits, so nothing is drawn twice: area uniform, log ratio uniform.
+    share = ch * cw / (h * w)
+    assert np.quantile(share, [0, 0.25, 0.5, 1]) == pytest.approx([0.1, 0.15, 0.2, 0.3], abs=0.005)
+    log_ratio = np.log(cw / ch) / np.log(4 / 3)
+    assert np.quantile(log_ratio, [0, 0.25, 0.5, 1]) == pytest.approx([-1, -0.5, 0, 1], abs=0.04)
+    # The place is uniform over what is left beside the crop.
+    assert np.quantile(top / (h - ch), [0, 0.5, 1]) == pytest.approx([0, 0.5, 1], abs=0.03)
+    assert np.quantile(left / (w - cw), [0, 0.5, 1]) == pytest.approx([0, 0.5, 1], abs=0.03)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.95])
-def test_a_truncated_jpeg_is_refused_by_name_and_never_padded(kept):
-    data = jpeg(200, 200)
-    cut = data[: int(kept * len(data)) if isinstance(kept, float) else kept]
-    with pytest.raises(DecodeError, match="picture 7"):
-        decode(cut, 3, "picture 7")
-
-
-def test_arrays_of_many_channels_pass_and_others_are_refused():
-    image = np.zeros((4, 5, 6), np.uint8)
-    assert decode(image, 6, "x") is image
-    with pytest.raises(DecodeError, match=r"has 6 channels, model\.channels=3"):
-        decode(image, 3, "x")
-    with pytest.raises(DecodeError, match=r"model\.channels=5"):
-        decode(jpeg(8, 8), 5, "x")
-
-
-def test_crops_follow_torchvisions_distribution():
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    # torchvision: the whole picture, its longer side cut to the nearest allowed ratio, centred
+    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 500, (0, 249, 1, 1))],
+)
+def test_picture_of_extreme_shape_is_cropped_in_its_centre(height, width, expected):
     rng = np.random.default_rng(0)
-    boxes = np.asarray(
-        [random_resized_crop_box(rng, 300, 400, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(20000)]
-    )
-    top, left, h, w = boxes.T
-    assert top.min() >= 0
-    assert left.min() >= 0
-    assert (top + h).max() <= 300
-    assert (left + w).max() <= 400
-    # An independent draw: torchvision's rule as rejection sampling, all at once.
-    other = np.random.default_rng(1)
-    area = 300 * 400 * other.uniform(0.2, 1.0, (20000, 10))
-    aspect = np.exp(other.uniform(math.log(3 / 4), math.log(4 / 3), (20000, 10)))
-    ws, hs = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
-    fits = (ws <= 400) & (hs <= 300)
-    first = fits.argmax(axis=1)
-    rows = np.flatnonzero(fits.any(axis=1))
-    expected = (hs * ws)[rows, first[rows]]
-    for quantile in (0.1, 0.5, 0.9):
-        np.testing.assert_allclose(
-            np.quantile(h * w, quantile), np.quantile(expected, quantile), rtol=0.03
-        )
+    box = random_resized_crop_box(rng, height, width, (0.9, 1.0), RATIO)
+    assert box == expected
 
 
-@pytest.mark.parametrize(("height", "width", "box"), [(10, 100, (0, 43, 10, 13))])
-def test_a_picture_too_long_for_any_crop_gives_its_centre(height, width, box):
-    rng = np.random.default_rng(0)
-    assert random_resized_crop_box(rng, height, width, (0.9, 1.0), (3 / 4, 4 / 3)) == box
+@pytest.mark.parametrize("name", ["astronaut", "cat", "coffee", "rocket", "pagoda", "flower"])
+@pytest.mark.parametrize("size", [(224, 224), (96, 128), (400, 400), (60, 420)])
+def test_resize_is_within_one_and_a_half_grey_levels_of_pillow(name, size):
+    image = photograph(name)
+    box = (10, 20, image.shape[0] - 40, image.shape[1] - 50)
+    corners = (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    expected = Image.fromarray(image).resize(size[::-1], Image.BICUBIC, box=corners)
+    assert grey_levels(resize(image, box, size), np.asarray(expected)) < 1.5
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (3, 2)])
-def test_tiny_pictures_work(height, width):
-    record = Record(np.full((height, width, 3), 200, np.uint8), 0, "tiny")
-    pixels = TrainTransform(size=(16, 24))(record, np.random.default_rng(0))
-    assert pixels.shape == (16, 24, 3)
-    assert (pixels == 200).all()
-    assert (EvalTransform(size=(16, 24))(record) == 200).all()
-
-
-def test_training_resize_stays_close_to_pillows_bicubic(shared_tfds):
-    source = open_source("imagenet2012", shared_tfds, "train[:24]")
-    rng = np.random.default_rng(0)
+def test_random_crops_of_imagenet_are_within_one_and_a_half_grey_levels_of_pillow(shared_tfds):
+    source = open_source("imagenet2012", shared_tfds, "train[:48]")
+    transform = TrainTransform((224, 224))
     differences = []
     for i in range(len(source)):
-        image = decode(source[i].image, 3, "x")
-        box = random_resized_crop_box(rng, *image.shape[:2], (0.2, 1.0), (3 / 4, 4 / 3))
-        ours = resize(image, box, (224, 224)).astype(int)
-        differences.append(np.abs(ours - resize_exact(image, box, (224, 224))).mean())
-    assert np.mean(differences) < 1.5
+        image = Image.open(io.BytesIO(source[i].image)).convert("RGB")
+        rng = np.random.default_rng(i)
+        top, left, h, w = random_resized_crop_box(rng, image.height, image.width, SCALE, RATIO)
+        expected = image.resize((224, 224), Image.BICUBIC, box=(left, top, left + w, top + h))
+        crop = transform(source[i], np.random.default_rng(i))
+        differences.append(grey_levels(crop, np.asarray(expected)))
+    assert np.mean(differences) < 1.2
 
 
-def test_shrinking_is_antialiased():
+def test_resize_is_antialiased():
     stripes = np.zeros((256, 256, 3), np.uint8)
-    stripes[:, ::2] = 255
-    shrunk = resize(stripes, (0, 0, 256, 256), (32, 32)).astype(int)
-    assert np.abs(shrunk[4:-4, 4:-4] - 127.5).max() < 16
+    stripes[:, ::2] = 255  # finer than the result can show: must come out gray
+    out = resize(stripes, (0, 0, 256, 256), (80, 80))[:, 2:-2]
+    assert abs(out.mean() - 127.5) < 2
+    assert out.std() < 6
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7])
+def test_channels_are_resized_alike(channels):
+    gray = photograph("cat").mean(axis=2, keepdims=True).astype(np.uint8)
+    image = np.repeat(gray, channels, axis=2)
+    for out in (
+        resize(image, (5, 5, 200, 150), (64, 48)),
+        resize_exact(image, (5, 5, 200, 150), (64, 48)),
+    ):
+        assert out.shape == (64, 48, channels)
+        assert (out == out[:, :, :1]).all()
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (256, 256), (100, 90)])
+@pytest.mark.parametrize("side", [96, 224, 384])
+def test_eval_transform_is_pillows_resize_then_centre_crop(shape, side):
+    image = Image.fromarray(photograph("pagoda")).resize(shape[::-1])
+    short = int(side / (224 / 256)) if side <= 224 else side
+    h, w = shape
+    new = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)  # torchvision
+    top, left = round((new[0] - side) / 2), round((new[1] - side) / 2)
+    expected = image.resize(new[::-1], Image.BICUBIC).crop((left, top, left + side, top + side))
+    out = EvalTransform((side, side))(Record(np.asarray(image), 0, "x"))
+    assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
+    assert grey_levels(out, np.asarray(expected)) < 0.01
+
+
+@pytest.mark.parametrize("size", [(96, 192), (192, 96), (300, 100)])
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
+def test_centre_crop_of_a_rectangle_keeps_proportions_and_stays_inside(size, shape):
+    top, left, h, w = centre_box(*shape, size, 0.875)
+    assert top >= 0
+    assert left >= 0
+    assert top + h <= shape[0]
+    assert left + w <= shape[1]
+    assert h / w == pytest.approx(size[0] / size[1], rel=0.02)
+    assert max(h / shape[0], w / shape[1]) == pytest.approx(0.875, rel=0.02)
+
+
+def test_centre_crop_for_training_shows_what_evaluation_shows():
+    record = Record(photograph("cat"), 0, "x")
+    train = TrainTransform((96, 96), crop="centre")(record, np.random.default_rng(0))
+    assert grey_levels(train, EvalTransform((96, 96))(record)) < 3.0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2, 3), (1, 20000)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiny_pictures_work(shape, channels):
+    data = encoded(Image.new("RGB", shape[::-1], (10, 200, 30)), "PNG")
+    for crop in ("random_resized", "centre"):
+        transform = TrainTransform((32, 48), channels, crop=crop)
+        for seed in range(5):
+            out = transform(Record(data, 0, "x"), np.random.default_rng(seed))
+            assert out.shape == (32, 48, channels)
+            assert (out == out[0, 0]).all()
+    assert EvalTransform((32, 48), channels)(Record(data, 0, "x")).shape == (32, 48, channels)
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "size", "short"),
-    [(300, 400, 224, 256), (200, 150, 96, 109), (500, 400, 448, 448)],
+    ("options", "field"),
+    [
+        ({"crop": "center"}, r"data\.crop"),
+        ({"scale": (0.0, 1.0)}, r"data\.scale"),
+        ({"scale": (0.2, 1.1)}, r"data\.scale"),
+        ({"ratio": (2.0, 1.0)}, r"data\.ratio"),
+        ({"channels": 0}, r"model\.channels"),
+        ({"size": (0, 4)}, r"model\.image_size"),
+    ],
 )
-def test_evaluation_is_pillows_resize_and_centre_crop(height, width, size, short):
-    image = decode(jpeg(height, width), 3, "x")
-    scale = short / min(height, width)
-    new = (
-        (int(short * width / height), short)
-        if height < width
-        else (
-            short,
-            int(short * height / width),
-        )
-    )
-    assert scale > 0
-    resized = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)
-    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
-    expected = np.asarray(resized.crop((left, top, left + size, top + size))).astype(int)
-    ours = EvalTransform(size=(size, size))(Record(image, 0, "x")).astype(int)
-    # The crop is resized directly, not cut from a rounded picture: the same but for rounding.
-    assert np.abs(ours - expected).mean() < 1.0
+def test_wrong_options_are_refused_by_field(options, field):
+    with pytest.raises(ValueError, match=field):
+        TrainTransform(**{"size": (8, 8), **options})
 
 
-def test_centre_crop_training_draws_nothing():
-    record = Record(jpeg(100, 150), 0, "x")
-    transform = TrainTransform(size=(64, 64), crop="centre")
-    a, b = (transform(record, np.random.default_rng(seed)) for seed in (0, 1))
-    np.testing.assert_array_equal(a, b)
-    exact = EvalTransform(size=(64, 64))(record)
-    assert np.abs(a.astype(int) - exact).mean() < 2
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"ratio": (2, 1)}, {"crop": "x"}]
-)
-def test_impossible_crops_are_refused_by_field(arguments):
-    with pytest.raises(ValueError, match=rf"data\.{next(iter(arguments))}"):
-        TrainTransform(size=(8, 8), **arguments)
+def test_transforms_survive_pickling():
+    for transform in (TrainTransform((8, 9)), EvalTransform((8, 9))):
+        assert pickle.loads(pickle.dumps(transform)) == transform
+        assert transform.shape == (8, 9, 3)

@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+
+from mae_jax.bench import data as bench
+from mae_jax.config import default_config
+from mae_jax.data.record import Record
+from mae_jax.data.transforms import TrainTransform
+
+
+@pytest.fixture
+def config(monkeypatch):
+    for name, value in {"ROUNDS": 2, "STEPS": 1, "COMPARED": 8}.items():
+        monkeypatch.setattr(bench, name, value)
+    config = default_config()
+    config.batch_size, config.data.name, config.data.threads = 8, "demo", 2
+    config.model.image_size = (96,)
+    return config
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bench_prints_rates_ratio_and_pixel_difference(config, capsys, workers):
+    config.data.workers = workers
+    bench.main(config)
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert float(lines["mae_jax"][0]) > 0
+    assert float(lines["plain"][2]) > 0
+    assert float(lines["ratio"][0]) > 0
+    assert 0 < float(lines["pixels"][0]) < 1.5
+
+
+def test_plain_pipeline_takes_the_same_crop():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    transform = TrainTransform((32, 32), scale=(0.25, 0.25), ratio=(1.0, 1.0))  # 32 px: no resize
+    a = transform(Record(image, 0, "x"), np.random.default_rng(1))
+    b = bench.plain_transform(Record(image, 0, "x"), transform, np.random.default_rng(1))
+    np.testing.assert_array_equal(a, b)
