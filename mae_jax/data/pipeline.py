@@ -67,6 +67,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         """Returns the next batch. Raises DecodeError if a record stops the run."""
         batch, errors = next(self._iterator)
+        if batch is None:
+            raise DecodeError(errors[0])
         self.skipped += len(errors)
         for error in errors:
             if error not in self._reported:
@@ -188,8 +190,12 @@ class _BatchBuilder:
         self.threads = 1
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
-    def __call__(self, step: int) -> tuple[dict[str, np.ndarray], list[str]]:
-        """The batch, and the messages of the rows that could not be decoded."""
+    def __call__(self, step: int) -> tuple[dict[str, np.ndarray] | None, list[str]]:
+        """The batch, and the messages of the rows that could not be decoded.
+
+        No batch when such a row stops the run: an error that is raised here would reach the user
+        with Grain's remarks on how it travelled.
+        """
         # Grain would make an element of every image and copy it into the batch; here a whole batch
         # is Grain's element and each row is written where it belongs.
         b = len(self.positions)
@@ -202,7 +208,10 @@ class _BatchBuilder:
         chunks = [range(i, min(i + size, b)) for i in range(0, b, size)]
         fill = functools.partial(self._fill, batch, int(step))
         results = map(fill, chunks) if self._pool is None else self._pool.map(fill, chunks)
-        errors = [message for messages in results for message in messages]
+        try:
+            errors = [message for messages in results for message in messages]
+        except DecodeError as e:
+            return None, [str(e)]
         return self.finish(batch), errors
 
     def _fill(self, batch: dict[str, np.ndarray], step: int, rows: range) -> list[str]:

@@ -17,9 +17,7 @@ def config(monkeypatch):
     return config
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bench_prints_rates_ratio_and_pixel_difference(config, capsys, workers):
-    config.data.workers = workers
+def test_bench_prints_rates_ratio_and_pixel_difference(config, capsys):
     bench.main(config)
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert float(lines["mae_jax"][0]) > 0

@@ -28,6 +28,9 @@ def encoded(image, file_format, **options):
     return file.getvalue()
 
 
+PNG = encoded(Image.effect_noise((50, 50), 60), "PNG")
+
+
 def photograph(name):
     label = [p[0] for p in demo.PHOTOGRAPHS].index(name)
     return demo._parts("train")[label]
@@ -99,9 +102,7 @@ def test_stray_bytes_before_the_end_marker_lose_nothing():
     assert grey_levels(decode(stray, 3, "x"), decode(data, 3, "x")) < 0.5
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"not a picture", encoded(Image.new("L", (9, 9)), "PNG")[:50]]
-)
+@pytest.mark.parametrize("data", [b"", b"not a picture", PNG[: len(PNG) // 2]])
 def test_what_is_no_picture_is_an_error(data):
     with pytest.raises(DecodeError, match="cannot be decoded"):
         decode(data, 3, "x")
@@ -207,8 +208,10 @@ def test_eval_transform_is_pillows_resize_then_centre_crop(shape, side):
     top, left = round((new[0] - side) / 2), round((new[1] - side) / 2)
     expected = image.resize(new[::-1], Image.BICUBIC).crop((left, top, left + side, top + side))
     out = EvalTransform((side, side))(Record(np.asarray(image), 0, "x"))
-    assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
-    assert grey_levels(out, np.asarray(expected)) < 0.01
+    # Pillow rounds between its two passes, so its pixels depend a little on what is asked for.
+    difference = np.abs(out.astype(int) - np.asarray(expected))
+    assert difference.mean() < 0.2
+    assert (difference > 1).mean() < 1e-3
 
 
 @pytest.mark.parametrize("size", [(96, 192), (192, 96), (300, 100)])
