@@ -5,6 +5,7 @@ step alone, on pixels that are already on the device.
 """
 
 import importlib
+import sys
 from collections.abc import Sequence
 
 from absl import app
@@ -20,7 +21,12 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"name one bench: {' or '.join(BENCHES)}")
     if CONFIG.value is None:
         raise app.UsageError("--config=FILE.py is missing, e.g. --config=configs/quickstart.py")
-    importlib.import_module(f"mae_jax.bench.{argv[1]}").main(CONFIG.value)
+    bench = importlib.import_module(f"mae_jax.bench.{argv[1]}")
+    try:
+        bench.main(CONFIG.value)
+    except (ValueError, OSError, ImportError) as error:  # bad input: the message is enough
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
