@@ -161,7 +161,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                 )
     finally:
         writer.close()
-    checkpoints.close()
+        checkpoints.close()  # whatever ended the run, a save under way is completed
     if stopped_at < task.total_steps:
         logging.info(
             "stopped after step %d of %d and saved; the same command continues from there",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mae_jax import config as config_lib
 from mae_jax import visualize
 from mae_jax.data.preprocess import example_keys, normalize, random_flip
-from mae_jax.data.sources import Source, open_source
+from mae_jax.data.sources import DecodeError, Source, open_source
 from mae_jax.data.transforms import EvalTransform, TrainTransform
 from mae_jax.distributed.mesh import batch_sharding, replicate, replicated
 from mae_jax.distributed.sharding import gather_params, state_sharding
@@ -238,11 +238,20 @@ class PretrainData:
             crop=config.data.crop,
         )
         self.eval_transform = EvalTransform(size=size, channels=config.model.channels)
+        self._skip = config.data.bad_records == "skip"
 
     def eval_images(self, count: int) -> np.ndarray:
         """The first `count` images of the evaluation split: [count, H, W, C] uint8."""
-        rng = np.random.default_rng(0)  # the evaluation transform draws nothing from it
         count = min(count, len(self.eval))
         # Spread over the split: neighbours are often of one class.
         indices = np.linspace(0, len(self.eval) - 1, count).astype(int)
-        return np.stack([self.eval_transform(self.eval[int(i)], rng) for i in indices])
+        return np.stack([self._eval_image(int(index)) for index in indices])
+
+    def _eval_image(self, index: int) -> np.ndarray:
+        for i in range(len(self.eval)):
+            try:
+                return self.eval_transform(self.eval[(index + i) % len(self.eval)])
+            except DecodeError:
+                if not self._skip:
+                    raise
+        raise DecodeError(f"none of the {len(self.eval)} evaluation records can be decoded")
