@@ -10,14 +10,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mae_jax.models.classifier import POOLS
 from mae_jax.models.masking import SAMPLERS, num_kept
 from mae_jax.models.targets import TARGETS
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
 
-TASKS = ("pretrain",)
+TASKS = ("pretrain", "finetune", "scratch", "linear_probe")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 STACKINGS = ("unrolled", "scan")
-CROPS = ("random_resized", "centre")
+CROPS = ("random_resized", "single_try", "centre")
 BAD_RECORDS = ("stop", "skip")
 INIT_PARTS = ("all", "encoder")
 
@@ -27,7 +28,10 @@ class ConfigError(ValueError):
 
 
 def default_config() -> ConfigDict:
-    """The paper's pretraining recipe for ViT-B (tables 8 and mae.md 2.1), every field present."""
+    """The paper's pretraining recipe for ViT-B (table 8, mae.md 2.1), every field present.
+
+    Recipes of other tasks change it; a field that a task has no use for must keep its default.
+    """
     config = ConfigDict()
     config.task = "pretrain"
     config.seed = 0
@@ -36,9 +40,13 @@ def default_config() -> ConfigDict:
     config.steps = 0  # more than 0: total steps, in place of epochs
     config.log_every = 50  # steps
     # Weights to start from: a workdir, or a file or folder of any format `mae_jax.export` writes or
-    # the official code, timm and Hugging Face use. Empty: from scratch.
+    # the official code, timm and Hugging Face use. Empty: from scratch. Fine-tuning and linear
+    # probing want one; `random` gives them an untrained encoder, the control of an experiment.
     config.init_from = ""
     config.init_parts = "all"  # or encoder: leave the decoder at its random start
+    # Fine-tuning: how many of the last blocks to train, with all that follows them. 0.5: the last
+    # MLP; 0: the head only; -1 or the depth: everything.
+    config.trainable_blocks = -1.0
     config.compute_dtype = "bfloat16"  # parameters, softmax, norms and loss stay float32
 
     config.model = ConfigDict()
@@ -51,6 +59,7 @@ def default_config() -> ConfigDict:
     config.model.heads = 0
     config.model.stacking = "unrolled"  # or scan: compiles faster, runs slower
     config.model.remat = "none"  # dots, full: less memory, more work
+    config.model.drop_path = 0.0  # of the last block; the first has 0, evenly between
 
     config.decoder = ConfigDict()
     config.decoder.depth = 8
@@ -62,15 +71,35 @@ def default_config() -> ConfigDict:
     config.mask.ratio = 0.75
     config.target = "norm_pixel"  # or pixel
 
+    config.head = ConfigDict()  # of a classifier
+    config.head.pool = "mean"  # of patch tokens, then a new norm; or cls, after the encoder's norm
+    config.head.classes = 0  # 0: as many as the data set has
+    config.head.init_std = 2e-5
+    # Examples that share batch-norm statistics (linear probing): the reference's 512 of one GPU.
+    # 0: the whole batch.
+    config.head.norm_group = 512
+
+    config.augment = ConfigDict()  # of fine-tuning
+    config.augment.randaugment = ""  # timm's notation, e.g. rand-m9-mstd0.5-inc1
+    config.augment.erasing = 0.0  # probability
+    config.augment.mixup = 0.0  # alpha of the Beta distribution; 0: none
+    config.augment.cutmix = 0.0
+    config.augment.mix_probability = 1.0  # of either, where one is on
+    config.augment.mix_switch = 0.5  # share of cutmix, where both are on
+    # Neighbours in the global batch that share one lambda: the reference's batch of one GPU.
+    config.augment.mix_group = 32
+    config.augment.smoothing = 0.0  # of labels
+
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # a TFDS data set, `folder` or `demo`
     config.data.dir = ""  # TFDS data dir, or the folder of images
     config.data.train_split = "train"
     config.data.eval_split = "validation"
-    config.data.crop = "random_resized"  # or centre (table 1e, "none")
+    config.data.crop = "random_resized"  # single_try (probing), centre (table 1e, "none")
     config.data.scale = (0.2, 1.0)  # area of the crop
     config.data.ratio = (3 / 4, 4 / 3)  # aspect of the crop
     config.data.flip = True
+    config.data.eval_crop = 0.0  # crop over resized side; 0: 224/256 up to 224 px, else 1
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
     config.data.bad_records = "stop"  # or skip: use the next one, and count
@@ -86,6 +115,9 @@ def default_config() -> ConfigDict:
     config.optim.b1 = 0.9
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
+    config.optim.layer_decay = 1.0  # of the learning rate, from block to block downwards
+    config.optim.momentum = 0.9  # these two: LARS, the optimizer of linear probing
+    config.optim.trust = 0.001
     config.optim.weight_decay = 0.05
     config.optim.clip_norm = 0.0  # 0: no clipping
     config.optim.accumulate = 1  # gradient accumulation: parts the batch is run in
@@ -102,6 +134,20 @@ def default_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 5000  # steps; 0: only at the end
     config.eval.batches = 0  # at most so many batches; 0: the whole split
+    config.eval.batch_size = 0  # 0: that of training
+
+    # A closed-form linear probe of the encoder while it pretrains, beside the same probe of the
+    # encoder as it was at the start.
+    config.probe = ConfigDict()
+    config.probe.every = 0  # steps; 0: no probe
+    config.probe.name = ""  # labelled data; these four: empty takes the field of `data`
+    config.probe.dir = ""
+    config.probe.train_split = ""
+    config.probe.eval_split = ""
+    config.probe.train_examples = 10000  # at most
+    config.probe.eval_examples = 5000
+    config.probe.pool = "cls"  # or mean, of patch tokens after the final norm
+    config.probe.neighbours = 0  # k of a k-nearest-neighbour score beside it (weak for MAE); 0: off
 
     config.pictures = ConfigDict()
     config.pictures.every = 5000  # steps; 0: only at the end
@@ -117,6 +163,16 @@ FREE_FIELDS = (
     "checkpoint.keep",
     "eval.every",
     "eval.batches",
+    "eval.batch_size",
+    "probe.every",
+    "probe.name",
+    "probe.dir",
+    "probe.train_split",
+    "probe.eval_split",
+    "probe.train_examples",
+    "probe.eval_examples",
+    "probe.pool",
+    "probe.neighbours",
     "pictures.every",
     "pictures.count",
     "data.dir",
@@ -128,6 +184,29 @@ FREE_FIELDS = (
     "model.stacking",
     "model.remat",
 )
+
+
+_CLASSIFIER_FIELDS = ("head.", "trainable_blocks", "model.drop_path", "augment.")
+_MAE_FIELDS = ("mask.", "decoder.", "target", "init_parts", "probe.")
+_LARS_FIELDS = ("optim.momentum", "optim.trust", "head.norm_group")
+# What each task has no use for: setting it would be ignored, so it is refused.
+UNUSED_FIELDS = {
+    "pretrain": (*_CLASSIFIER_FIELDS, *_LARS_FIELDS, "optim.layer_decay"),
+    "finetune": (*_MAE_FIELDS, *_LARS_FIELDS),
+    "scratch": (*_MAE_FIELDS, *_LARS_FIELDS, "init_from", "trainable_blocks"),
+    "linear_probe": (
+        *_MAE_FIELDS,
+        "trainable_blocks",
+        "model.drop_path",
+        "augment.",
+        "optim.b1",
+        "optim.b2",
+        "optim.eps",
+        "optim.clip_norm",
+        "optim.layer_decay",
+        "optim.ema",
+    ),
+}
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
@@ -174,8 +253,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """Fields that forbid continuing from a checkpoint: {field: (saved, now)}."""
-    old, new = flatten(saved), flatten(config.to_dict())
+    """Fields that forbid continuing from a checkpoint: {field: (saved, now)}.
+
+    A field that is younger than the checkpoint had its default then.
+    """
+    old, new = flatten(default_config().to_dict()) | flatten(saved), flatten(config.to_dict())
     return {
         field: (old.get(field), new.get(field))
         for field in sorted(old.keys() | new.keys())
@@ -212,9 +294,13 @@ def validate(config: ConfigDict) -> None:
         "target": TARGETS,
         "data.crop": CROPS,
         "data.bad_records": BAD_RECORDS,
+        "head.pool": POOLS,
+        "probe.pool": POOLS,
     }.items():
         _require_choice(config, field, choices)
+    _validate_use(config)
     _validate_model(config)
+    _validate_classifier(config)
     for field in (
         "batch_size",
         "log_every",
@@ -224,6 +310,10 @@ def validate(config: ConfigDict) -> None:
         "optim.base_lr",
         "data.prefetch",
         "pictures.count",
+        "probe.train_examples",
+        "probe.eval_examples",
+        "head.init_std",
+        "optim.layer_decay",
     ):
         value = flatten(config.to_dict())[field]
         _require(value > 0, f"{field} = {value}: must be more than 0")
@@ -232,7 +322,14 @@ def validate(config: ConfigDict) -> None:
         "data.threads",
         "eval.every",
         "eval.batches",
+        "eval.batch_size",
         "pictures.every",
+        "probe.every",
+        "probe.neighbours",
+        "head.classes",
+        "head.norm_group",
+        "augment.mixup",
+        "augment.cutmix",
         "steps",
     ):
         value = flatten(config.to_dict())[field]
@@ -252,6 +349,66 @@ def validate(config: ConfigDict) -> None:
             count == config.model.channels,
             f"data.{field} has {count} value(s) for model.channels = {config.model.channels}",
         )
+
+
+def _validate_use(config: ConfigDict) -> None:
+    """Fields set for a task that would not look at them."""
+    defaults, values = flatten(default_config().to_dict()), flatten(config.to_dict())
+    for field, value in values.items():
+        if value != defaults[field] and field.startswith(UNUSED_FIELDS[config.task]):
+            raise ConfigError(
+                f"{field} = {value!r}: task {config.task} has no use for this field; leave it at "
+                f"{defaults[field]!r}"
+            )
+    needs_weights = config.task in ("finetune", "linear_probe")
+    _require(
+        bool(config.init_from) or not needs_weights,
+        f"init_from is empty, and task {config.task} starts from an encoder: give a workdir or a "
+        "file of weights, or `random` for an untrained encoder as a control"
+        + (" (the supervised recipe is configs/scratch.py)" if config.task == "finetune" else ""),
+    )
+    _require(
+        config.init_from != "random" or needs_weights,
+        f"init_from = 'random' is for fine-tuning and probing; task {config.task} starts at random "
+        "weights when it is empty",
+    )
+
+
+def _validate_classifier(config: ConfigDict) -> None:
+    for field in ("augment.erasing", "augment.mix_probability", "augment.mix_switch"):
+        value = flatten(config.to_dict())[field]
+        _require(0 <= value <= 1, f"{field} = {value}: a probability lies in [0, 1]")
+    for field in ("augment.smoothing", "model.drop_path"):
+        value = flatten(config.to_dict())[field]
+        _require(0 <= value < 1, f"{field} = {value}: must be in [0, 1)")
+    _require(
+        0 <= config.data.eval_crop <= 1,
+        f"data.eval_crop = {config.data.eval_crop}: crop over resized side, in (0, 1]; 0 for auto",
+    )
+    _require(
+        config.optim.layer_decay <= 1,
+        f"optim.layer_decay = {config.optim.layer_decay}: must be in (0, 1]",
+    )
+    if config.augment.mixup or config.augment.cutmix:
+        group = config.augment.mix_group
+        _require(
+            group > 0 and group % 2 == 0 and config.batch_size % group == 0,
+            f"augment.mix_group = {group}: must be even and divide batch_size = "
+            f"{config.batch_size}",
+        )
+    if config.task == "linear_probe" and config.head.norm_group:
+        _require(
+            config.batch_size % config.head.norm_group == 0,
+            f"head.norm_group = {config.head.norm_group} does not divide batch_size = "
+            f"{config.batch_size}; 0 takes the whole batch",
+        )
+    k = config.trainable_blocks
+    depth = config.model.depth or VARIANTS[config.model.variant].depth
+    _require(
+        k in (-1, 0.5) or (k == int(k) and 0 <= k <= depth),
+        f"trainable_blocks = {k}: choose -1 (all), 0, 0.5 or a whole number up to the depth, "
+        f"{depth}",
+    )
 
 
 def _validate_model(config: ConfigDict) -> None:

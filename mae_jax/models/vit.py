@@ -121,18 +121,36 @@ class Mlp(nn.Module):
         return dense(d, self.dtype, "fc2")(x)
 
 
+def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
+    """What stochastic depth multiplies the residual branches of a stack with.
+
+    Args:
+      keys: [B], one random key per example.
+      rate: probability of dropping a branch of the last block; the first block's is 0 and those
+        between rise evenly.
+
+    Returns:
+      [depth, 2, B] float32: 0 for a dropped branch (attention, MLP), else 1 / (1 - its rate).
+    """
+    keep = 1.0 - jnp.linspace(0.0, rate, depth)[:, None]  # [depth, 1]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)  # [B, depth, 2]
+    return jnp.moveaxis((uniform < keep) / keep, 0, 2)
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; `path_scale` [2, B] multiplies what its two branches add."""
 
     heads: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
         y = layer_norm(self.dtype, "norm1")(x)
-        x = x + Attention(self.heads, self.dtype, name="attn")(y)
+        y = Attention(self.heads, self.dtype, name="attn")(y)
+        x = x + (y if path_scale is None else y * path_scale[0, :, None, None].astype(y.dtype))
         y = layer_norm(self.dtype, "norm2")(x)
-        return x + Mlp(self.dtype, name="mlp")(y)
+        y = Mlp(self.dtype, name="mlp")(y)
+        return x + (y if path_scale is None else y * path_scale[1, :, None, None].astype(y.dtype))
 
 
 class Blocks(nn.Module):
@@ -143,6 +161,8 @@ class Blocks(nn.Module):
         loops (compiles about three times faster). Same parameters, same numbers.
       remat: what the backward pass recomputes. `none` nothing, `dots` all but the results of
         matrix products with weights, `full` everything inside a block.
+      frozen: so many blocks at the start are run without gradients and without dropping paths;
+        they keep nothing for the backward pass.
     """
 
     depth: int
@@ -150,32 +170,42 @@ class Blocks(nn.Module):
     dtype: jnp.dtype
     stacking: str = "unrolled"
     remat: str = "none"
+    frozen: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
+        """Runs x [B, N, D] through the stack; `path_scale` as `drop_path_scale` gives it."""
         if self.is_initializing():
             for i in range(self.depth):
                 x = Block(self.heads, self.dtype, name=str(i))(x)
             return x
 
+        params = [self.variables["params"][str(i)] for i in range(self.depth)]
+        if self.frozen:
+            x = jax.lax.stop_gradient(self._run(x, params[: self.frozen], None, "none"))
+            path_scale = None if path_scale is None else path_scale[self.frozen :]
+        return self._run(x, params[self.frozen :], path_scale, self.remat)
+
+    def _run(
+        self, x: jax.Array, params: list[dict], path_scale: jax.Array | None, remat: str
+    ) -> jax.Array:
         block = Block(self.heads, self.dtype, parent=None)
 
-        def run(x: jax.Array, params: dict) -> jax.Array:
-            return block.apply({"params": params}, x)
+        def run(x: jax.Array, params: dict, path_scale: jax.Array | None) -> jax.Array:
+            return block.apply({"params": params}, x, path_scale)
 
-        if self.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        params = [self.variables["params"][str(i)] for i in range(self.depth)]
-        if self.stacking == "unrolled":
-            for p in params:
-                x = run(x, p)
+        if remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        if self.stacking == "unrolled" or not params:
+            for i, p in enumerate(params):
+                x = run(x, p, None if path_scale is None else path_scale[i])
             return x
         # Matrices are used in the compute type anyway; stacking them in it halves the copy.
         stacked = jax.tree.map(
             lambda *leaves: jnp.stack([p.astype(self.dtype) if p.ndim > 1 else p for p in leaves]),
             *params,
         )
-        x, _ = jax.lax.scan(lambda x, p: (run(x, p), None), x, stacked)
+        x, _ = jax.lax.scan(lambda x, xs: (run(x, *xs), None), x, (stacked, path_scale))
         return x
 
 
@@ -190,11 +220,15 @@ def _patch_bias_init(fan_in: int) -> nn.initializers.Initializer:
 
 
 class ViT(nn.Module):
-    """The encoder: images in, normalised tokens out.
+    """The encoder: images in, tokens out.
 
     Attributes:
       image_size: height and width in pixels, each divisible by `patch_size`.
       channels: of the input images.
+      train_positions: the position table is a parameter that starts as the sine-cosine table
+        (fine-tuning), instead of a constant (pretraining).
+      final_norm: False leaves the last layer norm to whoever pools the tokens.
+      frozen_blocks: blocks at the start that get no gradients.
     """
 
     image_size: tuple[int, int]
@@ -206,6 +240,9 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     stacking: str = "unrolled"
     remat: str = "none"
+    train_positions: bool = False
+    final_norm: bool = True
+    frozen_blocks: int = 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -213,12 +250,18 @@ class ViT(nn.Module):
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @nn.compact
-    def __call__(self, images: jax.Array, ids_keep: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        images: jax.Array,
+        ids_keep: jax.Array | None = None,
+        path_scale: jax.Array | None = None,
+    ) -> jax.Array:
         """Encodes the visible patches, or all of them.
 
         Args:
           images: [B, H, W, C] float, normalised.
           ids_keep: [B, K] patches to encode; None encodes all L in their order.
+          path_scale: [depth, 2, B], see `drop_path_scale`; None drops nothing.
 
         Returns:
           [B, 1 + K, D] tokens in the compute type, the class token first.
@@ -227,6 +270,8 @@ class ViT(nn.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected} (H, W, C)")
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, D]
+        if self.train_positions:
+            positions = self.param("pos_embed", lambda _: positions[None])[0]
         positions = positions.astype(self.dtype)
 
         x = patchify(images, self.patch_size)  # [B, L, p*p*C]
@@ -244,5 +289,13 @@ class ViT(nn.Module):
         cls = cls.astype(self.dtype) + positions[0]
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + K, D]
-        x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
-        return layer_norm(self.dtype, "norm")(x)
+        x = Blocks(
+            depth=self.depth,
+            heads=self.heads,
+            dtype=self.dtype,
+            stacking=self.stacking,
+            remat=self.remat,
+            frozen=self.frozen_blocks,
+            name="blocks",
+        )(x, path_scale)
+        return layer_norm(self.dtype, "norm")(x) if self.final_norm else x

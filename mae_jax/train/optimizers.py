@@ -1,7 +1,13 @@
-"""Learning-rate schedule and optimizer (paper table 8, mae.md 2.1 and 2.2)."""
+"""Learning-rate schedule and optimizers (paper tables 8 to 11, mae.md 2)."""
+
+import re
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
+
+Mask = Callable[[optax.Params], optax.Params]
 
 
 def warmup_cosine(
@@ -36,9 +42,18 @@ def global_norm(grads: optax.Updates) -> jax.Array:
 def decays(params: optax.Params) -> optax.Params:
     """True for matrices, False for 1-D tensors and biases.
 
-    `cls_token` and `mask_token` are [1, 1, D] and are decayed, as in the reference.
+    `cls_token` and `mask_token` are [1, 1, D] and are decayed, as in the reference's pretraining.
     """
     return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def decays_in_fine_tuning(params: optax.Params) -> optax.Params:
+    """As `decays`, but positions and class token are exempt too (mae.md 2.3)."""
+
+    def decide(path: tuple, p: jax.Array) -> bool:
+        return p.ndim > 1 and not re.search("pos_embed|cls_token", jax.tree_util.keystr(path))
+
+    return jax.tree_util.tree_map_with_path(decide, params)
 
 
 def adamw(
@@ -49,9 +64,57 @@ def adamw(
     eps: float,
     weight_decay: float,
     clip_norm: float = 0.0,
+    mask: Mask = decays,
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled decay on matrices; `clip_norm` 0 clips nothing."""
-    optimizer = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    """AdamW with decoupled decay where `mask` says so; `clip_norm` 0 clips nothing."""
+    optimizer = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     if clip_norm:
         return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     return optimizer
+
+
+def layer_scales(params: optax.Params, depth: int, decay: float) -> optax.Params:
+    """What layer-wise decay multiplies the learning rate of each parameter of a classifier with.
+
+    `decay ** (depth + 1 - id)`: id 0 for class token, positions and patch embedding, i + 1 for
+    block i, depth + 1 (scale 1) for what follows the blocks (mae.md 2.3).
+    """
+
+    def scale(path: tuple, _: jax.Array) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        block = re.search(r"encoder/blocks/(\d+)/", name)
+        embedding = re.search(r"encoder/(cls_token|pos_embed|patch_embed)", name)
+        layer = int(block[1]) + 1 if block else 0 if embedding else depth + 1
+        return decay ** (depth + 1 - layer)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def scale_by_layer(depth: int, decay: float) -> optax.GradientTransformation:
+    """Multiplies final updates by `layer_scales`.
+
+    Placed last, so that weight decay and the schedule's `min_lr` are scaled as well: PyTorch
+    scales the learning rate of a parameter group, and with it all that is multiplied by it.
+    """
+
+    def update(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, depth, decay))
+
+    return optax.stateless(update)
+
+
+def lars(
+    schedule: optax.Schedule, *, momentum: float, trust: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """LARS as linear probing uses it (paper table 10, mae.md 2.6).
+
+    Order: decay, trust ratio, momentum, learning rate. `optax.lars` multiplies by the learning
+    rate before the momentum, which is another optimizer while the rate moves. Biases get neither
+    decay nor trust ratio. The ratio is 1 where a norm is 0.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, decays),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), decays),
+        optax.trace(decay=momentum),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]
@@ -18,22 +19,67 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates made so far.
+      params: what is trained.
       ema: moving average of `params`, or None.
+      frozen: parameters that no update changes, or None; no optimizer state is kept for them.
+      statistics: running statistics of batch norm, or None.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    frozen: Any = None
+    statistics: Any = None
 
     @property
     def best_params(self) -> Any:
-        """The parameters to evaluate and export: the average where one is kept."""
+        """The trained parameters to evaluate and export: the average where one is kept."""
         return self.params if self.ema is None else self.ema
+
+    @property
+    def weights(self) -> Any:
+        """The whole model's parameters to evaluate and export, frozen ones included."""
+        return merge(self.best_params, self.frozen)
+
+    def with_weights(self, weights: Any) -> "TrainState":
+        """This state with the values of `weights`, a tree as `self.weights`."""
+
+        def take(tree: Any) -> Any:
+            # Copies: a donated state must not hold a buffer twice.
+            chosen = {path: jnp.copy(flat[path]) for path in flatten_dict(tree)}
+            return unflatten_dict(chosen)
+
+        flat = flatten_dict(weights)
+        return self.replace(
+            params=take(self.params),
+            ema=None if self.ema is None else take(self.ema),
+            frozen=None if self.frozen is None else take(self.frozen),
+        )
+
+
+def merge(params: Any, frozen: Any) -> Any:
+    """Two parameter trees without a leaf in common as one; `frozen` may be None."""
+    if frozen is None:
+        return params
+    return unflatten_dict(flatten_dict(params) | flatten_dict(frozen))
+
+
+def split(params: Any, trainable: Callable[[str], bool]) -> tuple[Any, Any]:
+    """The inverse of `merge`: what `trainable(path)` says, and the rest (None if nothing)."""
+    flat = flatten_dict(params, sep="/")
+    chosen = {path: leaf for path, leaf in flat.items() if trainable(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_dict(chosen, sep="/"), unflatten_dict(rest, sep="/") if rest else None
 
 
 def create_state(
-    params: Any, optimizer: optax.GradientTransformation, keep_ema: bool
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    keep_ema: bool,
+    *,
+    frozen: Any = None,
+    statistics: Any = None,
 ) -> TrainState:
     """A state at step 0."""
     return TrainState(
@@ -41,6 +87,8 @@ def create_state(
         params=params,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if keep_ema else None,
+        frozen=frozen,
+        statistics=statistics,
     )
 
 
@@ -83,4 +131,4 @@ def apply_gradients(
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)

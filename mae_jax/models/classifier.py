@@ -1,0 +1,59 @@
+"""The encoder with a head: what fine-tuning trains (paper section 4.1, mae.md 1.8)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mae_jax.models.vit import ViT, layer_norm
+
+POOLS = ("mean", "cls")
+BATCH_NORM_EPS = 1e-6  # of the linear probe (mae.md 2.6)
+
+
+class Classifier(nn.Module):
+    """ViT encoder, pooling, linear head.
+
+    Attributes:
+      encoder: with `final_norm` for `cls` and without for `mean`.
+      pool: `mean` of the patch tokens, then a fresh layer norm (`fc_norm`); or the class token,
+        which has passed the encoder's own final norm.
+      head_std: of the head's initial weights.
+    """
+
+    encoder: ViT
+    classes: int
+    pool: str = "mean"
+    head_std: float = 2e-5
+
+    @nn.compact
+    def __call__(self, images: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
+        """Classifies images [B, H, W, C] (float, normalised): logits [B, classes] float32.
+
+        Args:
+          path_scale: [depth, 2, B], see `vit.drop_path_scale`; None drops nothing.
+        """
+        if self.encoder.final_norm != (self.pool == "cls"):
+            raise ValueError(f"pool {self.pool!r} and the encoder's final norm do not go together")
+        x = self.encoder(images, path_scale=path_scale)  # [B, 1 + L, D]
+        x = pool_tokens(x, self.pool)  # [B, D]
+        if self.pool == "mean":
+            x = layer_norm(jnp.float32, "fc_norm")(x)
+        init = nn.initializers.normal(self.head_std)
+        return nn.Dense(self.classes, dtype=jnp.float32, kernel_init=init, name="head")(x)
+
+
+def pool_tokens(tokens: jax.Array, pool: str) -> jax.Array:
+    """One vector an image from tokens [B, 1 + L, D]: [B, D] float32."""
+    x = tokens[:, 0] if pool == "cls" else tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+    return x.astype(jnp.float32)
+
+
+def absorb_batch_norm(head: dict, statistics: dict) -> dict:
+    """A head that does to features what batch norm (without affine) and `head` do to them.
+
+    Args:
+      head: kernel [D, K], bias [K].
+      statistics: running mean [D] and var [D] of the features.
+    """
+    kernel = head["kernel"] * jax.lax.rsqrt(statistics["var"] + BATCH_NORM_EPS)[:, None]
+    return {"kernel": kernel, "bias": head["bias"] - statistics["mean"] @ kernel}
