@@ -398,9 +398,9 @@ def _validate_classifier(config: ConfigDict) -> None:
         )
     if config.task == "linear_probe" and config.head.norm_group:
         _require(
-            config.batch_size % config.head.norm_group == 0,
-            f"head.norm_group = {config.head.norm_group} does not divide batch_size = "
-            f"{config.batch_size}; 0 takes the whole batch",
+            config.head.norm_group > 1 and config.batch_size % config.head.norm_group == 0,
+            f"head.norm_group = {config.head.norm_group}: must be above 1 and divide batch_size "
+            f"= {config.batch_size}; 0 takes the whole batch",
         )
     k = config.trainable_blocks
     depth = config.model.depth or VARIANTS[config.model.variant].depth

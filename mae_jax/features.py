@@ -4,8 +4,10 @@
 
 `--weights` is a workdir or weights in any format that is read. The result holds `names` [N] (paths
 below the folder, sorted) and one float32 array per `--kind`: `cls` [N, D], `mean` [N, D] over the
-patches, `tokens` [N, 1 + L, D]. Batches run over all devices of this machine. Work in progress is
-kept in `OUTPUT.parts/`; the same command continues there after an interruption.
+patches, `tokens` [N, 1 + L, D], of a classifier `logits` [N, K]. They have passed the final norm.
+Weights fine-tuned on the mean token have none: there `mean` has passed the norm before the head,
+`cls` and `tokens` are as the last block leaves them. Batches run over all devices of this machine.
+Work in progress is kept in `OUTPUT.parts/`; the same command continues there after an interruption.
 """
 
 import argparse
@@ -31,11 +33,11 @@ from mae_jax.data.record import Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
 from mae_jax.interop import arguments
-from mae_jax.interop.build import encoder_params, features_function
+from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.files import write_atomically
 
-KINDS = ("cls", "mean", "tokens")
+KINDS = ("cls", "mean", "tokens", "logits")
 BATCHES_PER_PART = 16
 
 
@@ -81,7 +83,8 @@ def extract(
 
     Raises:
       FileNotFoundError, WeightsError: bad weights or no pictures.
-      FeaturesError: `output` is not an .npz, or its parts belong to another extraction.
+      FeaturesError: `output` is not an .npz, its parts belong to another extraction, or there are
+        no logits.
       DecodeError: a picture that cannot be read, by name.
     """
     path = pathlib.Path(output)
@@ -94,9 +97,11 @@ def extract(
     checkpoint = open_checkpoint(weights, **(known or {}))
     d = checkpoint.description
     features = features_function(d, block=block, dtype=jnp.dtype(dtype))
-    params = replicate(encoder_params(checkpoint), mesh)
+    if "logits" in kinds and not (d.classes and block in (0, d.depth)):
+        raise FeaturesError("--kind=logits: needs a classifier, and all of its blocks")
+    params = replicate(model_params(checkpoint), mesh)
     plan = {
-        "weights": _digest(x for _, x in sorted(checkpoint.tensors.items())),
+        "weights": checkpoint.digest(),
         "images": str(pathlib.Path(images).expanduser().resolve()),
         "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "kinds": list(kinds),
@@ -196,14 +201,6 @@ def _assemble(
     os.replace(temporary, path)
 
 
-def _digest(arrays: Iterator[np.ndarray]) -> str:
-    """Identifies weights by their content, wherever they lie."""
-    total = hashlib.sha256()
-    for x in arrays:
-        total.update(np.ascontiguousarray(x).data)
-    return total.hexdigest()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
     parser = argparse.ArgumentParser(
@@ -219,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         "--block",
         type=int,
         default=0,
-        help="tokens after this block (1 to depth), through the final norm; 0: the last block",
+        help="tokens after this block (1 to depth), through the final norm if there is one; "
+        "0: the last block",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

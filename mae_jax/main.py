@@ -1,18 +1,18 @@
 """Runs a config: `python -m mae_jax.main --config=configs/quickstart.py --workdir=DIR`.
 
-The workdir holds config.json, metrics.jsonl, checkpoints/, reconstructions/ and, at the end,
-export/. The same command with the same workdir continues where the run stopped.
+The workdir holds config.json, metrics.jsonl, checkpoints/, pictures and, at the end, export/ and
+for classifiers results.json. The same command with the same workdir continues a stopped run.
 """
 
+import functools
 import logging as python_logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
@@ -22,13 +22,15 @@ from ml_collections import ConfigDict, config_flags
 
 import mae_jax
 from mae_jax import config as config_lib
-from mae_jax.data import pipeline
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed import startup
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
 from mae_jax.interop.files import write_atomically
 from mae_jax.interop.load import load_into
-from mae_jax.tasks.pretrain import Pretrain, PretrainData, Reconstructions
+from mae_jax.results import write_results
+from mae_jax.tasks import create_task
+from mae_jax.tasks.base import Task
+from mae_jax.tasks.splits import Splits
 from mae_jax.train.checkpoints import CheckpointError, Checkpoints
 from mae_jax.train.loop import Action, NonFiniteLossError, train
 from mae_jax.train.metrics import MetricsWriter
@@ -74,9 +76,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
-    data = PretrainData(config)
-    task = Pretrain(config, len(data.train), mesh)
-
+    data = Splits(config)
+    task = create_task(config, len(data.train), data.classes, mesh)
+    mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     abstract = abstract_state(task.init, mesh)
     announce(config, mesh, data, task, abstract)
 
@@ -86,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     restored = checkpoints.restore_newest(abstract, lambda record: check_fits(record, config, data))
     if restored is None:
         state, elapsed_before = jax.jit(task.init, out_shardings=shardings_of(abstract))(), 0.0
-        if config.init_from:
+        if config.init_from not in ("", "random"):
             state = start_from(config.init_from, config.init_parts, task, state, mesh)
     else:
         state, record = restored
@@ -108,42 +110,22 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     writer = MetricsWriter(path, start_step)
     positions = mesh_lib.local_positions(config.batch_size, mesh)
-    evaluate = Evaluation(
-        task,
-        data,
-        mesh,
-        writer,
-        shardings_of(abstract),
-        max_batches=config.eval.batches,
-        bad_records=config.data.bad_records,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-    )
-    pictures = Reconstructions(
-        task, data.eval_images(config.pictures.count), mesh, path / "reconstructions"
-    )
     stop_signal = startup.StopSignal()
     stopped_at = start_step
     try:
+        inputs = task.inputs(data, state, path)
+        shardings = shardings_of(abstract)
+        evaluate = Evaluation(
+            task, inputs, mesh, writer, shardings, max_batches=config.eval.batches
+        )
         if start_step < task.total_steps:
-            with pipeline.train_batches(
-                data.train,
-                data.train_transform,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                positions=positions,
-                start_step=start_step,
-                end_step=task.total_steps,
-                bad_records=config.data.bad_records,
-                workers=config.data.workers,
-                threads=config.data.threads,
-                prefetch=config.data.prefetch,
-            ) as host_batches:
+            actions = task.actions(config, data, writer, path)
+            with inputs.train_batches(positions, start_step, task.total_steps) as host_batches:
                 state, stopped_at = train(
                     compile_step(task, abstract),
                     state,
                     device_batches(
-                        host_batches, task.batch_fields, positions, config.batch_size, mesh
+                        host_batches, task.batch_arrays, positions, config.batch_size, mesh
                     ),
                     metric_names=task.metric_names,
                     place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
@@ -153,7 +135,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                     report=Reporter(task, mesh, writer, len(data.train), host_batches),
                     actions=[
                         Action(config.eval.every, evaluate),
-                        Action(config.pictures.every, pictures),
+                        *actions,
                         Action(config.checkpoint.every, save),  # last: then all of it is done
                     ],
                     stop_requested=stop_signal,
@@ -169,7 +151,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             task.total_steps,
         )
         return
-    params = mesh_lib.to_host(state.best_params, mesh)
+    state = mesh_lib.to_host(state.replace(opt_state=None), mesh)
     if jax.process_index() == 0:
         facts = {
             "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
@@ -181,27 +163,32 @@ def run(config: ConfigDict, workdir: str) -> None:
             "weights": "moving average" if state.ema is not None else "of the last step",
             "trained with": f"mae_jax {mae_jax.__version__}",
         }
-        task.export(params, path / "export", facts)
-    logging.info("done: %d steps. Encoder, pictures and metrics are in %s", stopped_at, path)
+        task.export(state, path / "export", facts)
+        if data.classes is not None:
+            results = write_results(
+                path,
+                config,
+                train_examples=len(data.train),
+                steps=task.total_steps,
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(state.weights)),
+            )
+            logging.info("results.json:\n%s", results["markdown"])
+    logging.info("done: %d steps. Model, pictures and metrics are in %s", stopped_at, path)
 
 
-def start_from(
-    source: str, parts: str, task: Pretrain, state: TrainState, mesh: Mesh
-) -> TrainState:
+def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mesh) -> TrainState:
     """The state at step 0 with the weights of another model, as far as they fit.
 
     Raises:
       ValueError: weights that cannot be read, or would do silent harm.
     """
-    fresh = mesh_lib.to_host(state.params, mesh)
-    params, report = load_into(fresh, source, task.description, parts=parts)
+    fresh = mesh_lib.to_host(state.weights, mesh)
+    weights, report = load_into(fresh, source, task.description, parts=parts)
     logging.info("%s", report)
-    params = mesh_lib.place(params, shardings_of(state.params))
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema=ema)
+    return state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))
 
 
-def check_fits(record: dict[str, Any], config: ConfigDict, data: PretrainData) -> None:
+def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None:
     """Raises ConfigError where a checkpoint belongs to another run."""
     differing = config_lib.differing_fields(record["config"], config)
     if differing:
@@ -223,8 +210,8 @@ def check_fits(record: dict[str, Any], config: ConfigDict, data: PretrainData) -
 def announce(
     config: ConfigDict,
     mesh: Mesh,
-    data: PretrainData,
-    task: Pretrain,
+    data: Splits,
+    task: Task,
     abstract: Any,
 ) -> None:
     """Logs what is about to run: parameters, mesh, data, length."""
@@ -234,6 +221,9 @@ def announce(
             one_row_per_stack(abstract.params), include_stats="sharding"
         ),
     )
+    if abstract.frozen is not None:
+        count = sum(leaf.size for leaf in jax.tree.leaves(abstract.frozen))
+        logging.info("and %s frozen parameters, which no step changes", f"{count:,}")
     device = mesh.devices.flat[0]
     logging.info(
         "mesh: data %d x fsdp %d = %d %s device(s) in %d process(es); %.2f GB of state on each",
@@ -264,7 +254,7 @@ def announce(
 def one_row_per_stack(params: Any) -> Any:
     """Abstract parameters for a table: the equal blocks of a stack shown as one, [depth, ...]."""
 
-    def stack(leaf: jax.ShapeDtypeStruct, depth: int) -> jax.ShapeDtypeStruct:
+    def stack(depth: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = P(None, *leaf.sharding.spec)
         return jax.ShapeDtypeStruct(
             (depth, *leaf.shape), leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, spec)
@@ -274,15 +264,16 @@ def one_row_per_stack(params: Any) -> Any:
     for name, part in params.items():
         table[name] = dict(part)
         if "blocks" in part:
-            depth = len(part["blocks"])
-            block = jax.tree.map(lambda leaf, depth=depth: stack(leaf, depth), part["blocks"]["0"])
-            table[name]["blocks"] = {f"0-{depth - 1}": block}
+            blocks = part["blocks"]
+            first, *_, last = sorted(blocks, key=int) * 2  # all of it, or the trained end of it
+            block = jax.tree.map(functools.partial(stack, len(blocks)), blocks[first])
+            table[name]["blocks"] = {f"{first}-{last}": block}
     return table
 
 
 def device_batches(
     batches: Iterator[dict],
-    fields: tuple[str, ...],
+    fields: Iterable[str],
     positions: np.ndarray,
     batch_size: int,
     mesh: Mesh,

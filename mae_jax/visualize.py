@@ -66,6 +66,53 @@ def reconstruction_grid(
     return _sheet(_as_rgb(rows.astype(np.uint8)), columns)
 
 
+def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """Images [B, H, W, C] uint8 side by side, `columns` in a row: [height, width, 3] uint8."""
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    blank = np.full_like(rows[-1][:1], 255)
+    missing = min(columns, len(images)) - len(rows[-1])
+    rows[-1] = np.concatenate([rows[-1], *[blank] * missing])
+    return _sheet(_as_rgb(np.stack(rows)), ("",) * rows[0].shape[0])
+
+
+def prediction_grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str] | None,
+    columns: int = 4,
+) -> np.ndarray:
+    """Images with their class and the one a classifier takes them for, green where it is right.
+
+    Args:
+      images: [B, H, W, C] uint8, with labels [B].
+      probabilities: [B, K].
+      class_names: K names; None shows numbers.
+
+    Returns:
+      [height, width, 3] uint8.
+    """
+    side = max(images.shape[1:3])
+    zoom = max(1, -(-2 * MIN_SIDE // side))
+    pictures = _as_rgb(images).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = pictures.shape[1:3]
+    cell_h, cell_w = height + 2 * HEADER + GAP, width + GAP
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (columns * cell_w + GAP, rows * cell_h + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    name = [str(k) for k in range(probabilities.shape[1])] if class_names is None else class_names
+    for i, (picture, label, scores) in enumerate(zip(pictures, labels, probabilities, strict=True)):
+        left, top = GAP + i % columns * cell_w, GAP + i // columns * cell_h
+        best = int(scores.argmax())
+        sheet.paste(Image.fromarray(picture), (left, top))
+        draw.text((left, top + height + 2), f"is {name[label]}", fill="black")
+        text = f"taken for {name[best]} ({scores[best]:.0%})"
+        colour = "darkgreen" if best == label else "firebrick"
+        draw.text((left, top + height + HEADER), text, fill=colour)
+    return np.asarray(sheet)
+
+
 def _as_rgb(rows: np.ndarray) -> np.ndarray:
     channels = rows.shape[-1]
     if channels == 1:

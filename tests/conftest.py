@@ -7,7 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import pytest
 
-from mae_jax.config import default_config
+from mae_jax.config import default_config, validate
 
 
 @pytest.fixture
@@ -31,3 +31,37 @@ def tiny_config():
     config.eval.batches = 1
     config.pictures.count = 2
     return config
+
+
+@pytest.fixture
+def supervised_config(tiny_config):
+    """As `tiny_config`, a function of (task, changes) -> config of a classifier."""
+
+    def make(task, **changes):
+        config = tiny_config
+        for part in ("mask", "decoder", "probe"):
+            config[part] = default_config()[part]
+        config.task = task
+        config.init_from = "" if task == "scratch" else "random"
+        config.batch_size = 24
+        config.eval.batches = 0
+        if task == "linear_probe":
+            config.head.pool = "cls"
+            config.head.init_std = 0.01
+            config.head.norm_group = 12
+        else:
+            config.head.init_std = 0.02
+            config.optim.layer_decay = 0.65
+            config.model.drop_path = 0.3
+            config.augment.randaugment = "rand-m9-mstd0.5-inc1"
+            config.augment.erasing = 0.5
+            config.augment.mixup = 0.8
+            config.augment.cutmix = 1.0
+            config.augment.mix_group = 4
+            config.augment.smoothing = 0.1
+        for name, value in changes.items():
+            config.update_from_flattened_dict({name.replace("__", "."): value})
+        validate(config)
+        return config
+
+    return make

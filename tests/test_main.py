@@ -2,78 +2,34 @@
 
 import json
 import os
-import pathlib
-import random
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from program import (
+    ROOT,
+    TFDS,
+    command,
+    environment,
+    kill_at_random_moments,
+    losses,
+    progress,
+    run,
+)
 
 from mae_jax.train.metrics import read_metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
-TFDS = ROOT.parent / "shared" / "tfds"
 KILLS = int(os.environ.get("MAE_JAX_KILLS", "3"))  # of the SIGKILL test; 20 takes ten minutes
-
-TINY = {
-    "batch_size": 16,
-    "steps": 12,
-    "log_every": 1,
-    "model.width": 32,
-    "model.depth": 2,
-    "model.heads": 2,
-    "model.image_size": 32,
-    "decoder.width": 16,
-    "decoder.depth": 1,
-    "decoder.heads": 2,
-    "optim.warmup_steps": 2,
-    "checkpoint.every": 4,
-    "eval.batches": 1,
-    "eval.every": 0,
-    "pictures.every": 0,
-    "pictures.count": 2,
-    "data.threads": 1,
-}
 
 pytest.importorskip("skimage", reason="the embedded data needs scikit-image")
 
 
-def command(workdir, config="configs/quickstart.py", **fields):
-    values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
-    return [
-        *(sys.executable, "-m", "mae_jax.main", f"--config={ROOT / config}"),
-        f"--workdir={workdir}",
-        *(f"--config.{name}={value}" for name, value in values.items()),
-    ]
-
-
-def environment(devices=1):
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-
-
-def run(workdir, devices=1, config="configs/quickstart.py", **fields):
-    return subprocess.run(
-        command(workdir, config, **fields),
-        env=environment(devices),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-
-
 def exported(workdir):
     return safetensors.numpy.load_file(workdir / "export" / "encoder.safetensors")
-
-
-def losses(workdir):
-    lines = read_metrics(workdir / "metrics.jsonl")
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def assert_same_run(workdir, reference):
@@ -120,36 +76,11 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, 
 
 
 def test_killed_at_random_moments_and_restarted_the_run_ends_bit_identical(undisturbed, tmp_path):
-    rng = random.Random(0)
     workdir = tmp_path / "killed"
-    kills = 0
-    for _ in range(KILLS):
-        process = subprocess.Popen(
-            command(workdir, checkpoint__every=1),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-        )
-        # Let it train or save for a random while after it made its first new step.
-        before = progress(workdir)
-        deadline = time.time() + 120
-        while progress(workdir) <= before and process.poll() is None and time.time() < deadline:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1.0))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills > 0
+    assert kill_at_random_moments(command(workdir, checkpoint__every=1), workdir, KILLS) > 0
     result = run(workdir, checkpoint__every=1)
     assert result.returncode == 0, result.stderr
     assert_same_run(workdir, undisturbed)
-
-
-def progress(workdir):
-    """Newest step on disk, complete or being written."""
-    checkpoints = workdir / "checkpoints"
-    names = [p.name.split(".")[0] for p in checkpoints.iterdir()] if checkpoints.exists() else []
-    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(undisturbed, tmp_path):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, shardings_of
-from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks import create_task
 from mae_jax.train.loop import zero_totals
 from mae_jax.train.step import compile_step
 from mae_jax.train.throughput import peak_flops
@@ -28,15 +28,19 @@ def main(config: ConfigDict) -> None:
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     # No data is read: the number of examples only sets the length of the schedule.
-    task = Pretrain(config, 1000 * config.batch_size, mesh)
+    classes = config.head.classes or 1000
+    task = create_task(config, 1000 * config.batch_size, classes, mesh)
     abstract = abstract_state(task.init, mesh)
     step = compile_step(task, abstract)
     state = jax.jit(task.init, out_shardings=shardings_of(abstract))()
     totals = mesh_lib.replicate(zero_totals(task.metric_names), mesh)
     positions = mesh_lib.local_positions(config.batch_size, mesh)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (len(positions), *task.image_shape), np.uint8)
-    batch = mesh_lib.global_batch({"image": images}, positions, config.batch_size, mesh)
+    batch = {
+        name: rng.integers(0, min(classes, 256), (len(positions), *shape)).astype(dtype)
+        for name, (shape, dtype) in task.batch_arrays.items()
+    }
+    batch = mesh_lib.global_batch(batch, positions, config.batch_size, mesh)
 
     def run(count: int) -> float:
         nonlocal state, totals

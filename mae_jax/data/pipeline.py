@@ -12,14 +12,14 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import grain
 import numpy as np
 from absl import flags, logging
 from grain.experimental import index_shuffle
 
-from mae_jax.data.record import DecodeError, Record, Source
+from mae_jax.data.record import DecodeError, LabelError, Record, Source
 
 CROP_STREAM = 0x63726F70  # "crop": sets the crops' random numbers apart from any other use of seed
 ROWS_PER_TASK = 8  # rows a thread takes at once; a task costs about 30 us, a row 2 ms
@@ -65,10 +65,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self.skipped = 0
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Returns the next batch. Raises DecodeError if a record stops the run."""
+        """Returns the next batch. Raises DecodeError or LabelError if a record stops the run."""
         batch, errors = next(self._iterator)
         if batch is None:
-            raise DecodeError(errors[0])
+            raise errors
         self.skipped += len(errors)
         for error in errors:
             if error not in self._reported:
@@ -102,6 +102,7 @@ def train_batches(
     threads: int = 0,
     prefetch: int = 2,
     bad_records: str = "stop",
+    classes: int | None = None,
 ) -> Batches:
     """Batches of steps ``start_step`` to ``end_step``: this process's rows of the global batch.
 
@@ -119,6 +120,7 @@ def train_batches(
       prefetch: batches made ahead, in all (at least one per worker).
       bad_records: ``stop`` raises DecodeError; ``skip`` takes the next record that can be decoded,
         counts the row in ``Batches.skipped`` and logs the record's name once.
+      classes: labels are to lie in [0, classes), or LabelError stops the run; None takes any.
 
     Returns:
       Iterator of ``{"image": uint8 [b, H, W, C], "label": int32 [b]}``.
@@ -128,7 +130,7 @@ def train_batches(
     """
     if seed < 0 or not 0 <= start_step <= (start_step if end_step is None else end_step):
         raise ValueError(f"need seed {seed} >= 0 and 0 <= start_step {start_step} <= {end_step=}")
-    builder = _TrainBuilder(source, transform, batch_size, positions, bad_records)
+    builder = _TrainBuilder(source, transform, batch_size, positions, bad_records, classes)
     builder.seed, builder.shuffle = seed, shuffle
     # Grain measures its datasets, so "for ever" is a number: more steps than anyone will take.
     stop = sys.maxsize if end_step is None else end_step
@@ -145,6 +147,7 @@ def eval_batches(
     threads: int = 0,
     prefetch: int = 2,
     bad_records: str = "stop",
+    classes: int | None = None,
 ) -> Batches:
     """Every record once, in order, in ceil(N / batch_size) batches in every process.
 
@@ -158,7 +161,7 @@ def eval_batches(
     Raises:
       ValueError: an argument that cannot be right.
     """
-    builder = _EvalBuilder(source, transform, batch_size, positions, bad_records)
+    builder = _EvalBuilder(source, transform, batch_size, positions, bad_records, classes)
     return _run(builder, 0, -(-len(source) // batch_size), workers, threads, prefetch)
 
 
@@ -172,6 +175,7 @@ class _BatchBuilder:
         batch_size: int,
         positions: np.ndarray,
         bad_records: str,
+        classes: int | None,
     ):
         positions = np.asarray(positions)
         if batch_size < 1:
@@ -187,14 +191,15 @@ class _BatchBuilder:
         self.source, self.transform = source, transform
         self.batch_size, self.positions = batch_size, positions
         self.skip = bad_records == "skip"
+        self.classes = classes
         self.threads = 1
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
-    def __call__(self, step: int) -> tuple[dict[str, np.ndarray] | None, list[str]]:
+    def __call__(self, step: int) -> tuple[dict[str, np.ndarray] | None, Any]:
         """The batch, and the messages of the rows that could not be decoded.
 
-        No batch when such a row stops the run: an error that is raised here would reach the user
-        with Grain's remarks on how it travelled.
+        No batch, and the error, when a row stops the run: an error that is raised here would reach
+        the user with Grain's remarks on how it travelled.
         """
         # Grain would make an element of every image and copy it into the batch; here a whole batch
         # is Grain's element and each row is written where it belongs.
@@ -210,8 +215,8 @@ class _BatchBuilder:
         results = map(fill, chunks) if self._pool is None else self._pool.map(fill, chunks)
         try:
             errors = [message for messages in results for message in messages]
-        except DecodeError as e:
-            return None, [str(e)]
+        except (DecodeError, LabelError) as e:
+            return None, e
         return self.finish(batch), errors
 
     def _fill(self, batch: dict[str, np.ndarray], step: int, rows: range) -> list[str]:
@@ -221,6 +226,15 @@ class _BatchBuilder:
             label, weight = self.example(g, batch["image"][row], errors)
             batch["label"][row], batch["weight"][row] = label, weight
         return errors
+
+    def label(self, record: Record) -> int:
+        """The record's label; raises LabelError where it is none of the classes."""
+        if self.classes is not None and not 0 <= record.label < self.classes:
+            raise LabelError(
+                f"{record.name}: label {record.label} lies outside the {self.classes} classes of "
+                f"{self.source.name} (0 to {self.classes - 1}); mend the data set"
+            )
+        return record.label
 
     def open(self) -> None:
         """Starts the threads; called in the process that builds."""
@@ -258,7 +272,7 @@ class _TrainBuilder(_BatchBuilder):
                 if not i:  # what counts is the row, not how many bad records lie side by side
                     errors.append(str(e))
                 continue
-            return record.label, 1.0
+            return self.label(record), 1.0
         raise DecodeError(f"none of the {n} records of {self.source.name} can be decoded")
 
     def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -279,7 +293,7 @@ class _EvalBuilder(_BatchBuilder):
                 raise
             errors.append(str(e))
             return 0, 0.0
-        return record.label, 1.0
+        return self.label(record), 1.0
 
     def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return batch

@@ -12,6 +12,10 @@ class DecodeError(ValueError):
     """A record that cannot be turned into a picture. The message names the record."""
 
 
+class LabelError(ValueError):
+    """A label outside the classes of its data set. The message names the record."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One example as it lies in the dataset, not yet decoded."""

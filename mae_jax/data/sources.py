@@ -1,8 +1,8 @@
 """Where pictures come from: any TFDS dataset, a folder of images, or the embedded default."""
 
-from mae_jax.data.record import DecodeError, Record, Source
+from mae_jax.data.record import DecodeError, LabelError, Record, Source
 
-__all__ = ["DecodeError", "Record", "Source", "open_source"]
+__all__ = ["DecodeError", "LabelError", "Record", "Source", "open_source"]
 
 
 def open_source(name: str, data_dir: str | None, split: str) -> Source:

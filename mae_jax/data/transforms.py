@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from mae_jax.data.randaugment import RandAugment
 from mae_jax.data.record import DecodeError, Record
 
 # Many pictures are worked on at once, one thread each; OpenCV's own threads would only fight them.
@@ -24,6 +25,7 @@ CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 # Width of the blur before shrinking by s, as Gaussian sigma / s, pixels: the best fit to Pillow's
 # bicubic on 14 ImageNet photographs shrunk by 1.03 to 3 (best sigma 0.35 at 1.03, 0.8 at 2).
 BLUR_PER_SHRINK = 0.39
+CROPS = ("random_resized", "single_try", "centre")
 EVAL_CROP_RATIO = 224 / 256  # evaluation up to 224 px: short side to 256, centre crop 224
 EVAL_CROP_RATIO_UP_TO = 224  # px; larger inputs are evaluated without cutting the border
 
@@ -129,16 +131,10 @@ def random_resized_crop_box(
     Returns:
       top, left, height, width in pixels, inside the picture.
     """
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(CROP_TRIES):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
-        w = round(math.sqrt(area * aspect))
-        h = round(math.sqrt(area / aspect))
+        h, w = _crop_sides(rng, height, width, scale, ratio)
         if 0 < w <= width and 0 < h <= height:
-            top = int(rng.integers(0, height - h, endpoint=True))
-            left = int(rng.integers(0, width - w, endpoint=True))
-            return top, left, h, w
+            return _placed(rng, height, width, h, w)
     # A one-pixel side times an extreme ratio rounds to nothing: a crop has at least one pixel.
     h, w = height, width
     if width / height < ratio[0]:
@@ -146,6 +142,53 @@ def random_resized_crop_box(
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def single_try_crop_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Draws one crop, its sides cut to the picture's: what MAE's linear probes train on.
+
+    Area and aspect ratio as in `random_resized_crop_box`, which draws again where the crop does
+    not fit; here a large crop of a long picture therefore is more often a whole side of it.
+
+    Args:
+      rng: consumed; nothing else is random.
+      height, width: of the picture, pixels.
+      scale: share of the area, e.g. (0.08, 1.0) (MAE, Table 10).
+      ratio: width / height before cutting, e.g. (3/4, 4/3).
+
+    Returns:
+      top, left, height, width in pixels, inside the picture.
+    """
+    h, w = _crop_sides(rng, height, width, scale, ratio)
+    return _placed(rng, height, width, max(1, min(h, height)), max(1, min(w, width)))
+
+
+def _crop_sides(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int]:
+    """Height and width of a crop, pixels: area uniform, aspect ratio log-uniform; may not fit."""
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w = round(math.sqrt(area * aspect))
+    h = round(math.sqrt(area / aspect))
+    return h, w
+
+
+def _placed(rng: np.random.Generator, height: int, width: int, h: int, w: int) -> Box:
+    """A box of h x w pixels anywhere in the picture."""
+    top = int(rng.integers(0, height - h, endpoint=True))
+    left = int(rng.integers(0, width - w, endpoint=True))
+    return top, left, h, w
 
 
 def resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
@@ -232,7 +275,8 @@ def centre_box(
 class TrainTransform:
     """Decode, random crop, resize: what MAE pretrains on, but for the flip (MAE, Table 8).
 
-    ``crop="centre"`` takes the evaluation crop instead of a random one (MAE, Table 1e, "none").
+    ``crop="single_try"`` draws the crop once (linear probing); ``crop="centre"`` takes the
+    evaluation crop instead of a random one (MAE, Table 1e, "none").
     """
 
     size: tuple[int, int]
@@ -243,15 +287,24 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height."""
     crop: str = "random_resized"
+    """One of `CROPS`."""
+    randaugment: RandAugment | None = None
+    """Done to the resized crop (fine-tuning)."""
 
     def __post_init__(self) -> None:
         _check_size(self.size, self.channels)
-        if self.crop not in ("random_resized", "centre"):
-            raise ValueError(f"data.crop={self.crop!r}: choose `random_resized` or `centre`")
+        if self.crop not in CROPS:
+            choices = " or ".join(f"`{c}`" for c in CROPS)
+            raise ValueError(f"data.crop={self.crop!r}: choose {choices}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"data.scale={self.scale}: needs 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"data.ratio={self.ratio}: needs 0 < low <= high")
+        if self.randaugment and len(self.randaugment.fill) != self.channels:
+            raise ValueError(
+                f"augment.randaugment: fills with {self.randaugment.fill}, but model.channels="
+                f"{self.channels}; RandAugment needs 1 or 3 channels and as many values"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -261,12 +314,21 @@ class TrainTransform:
     def __call__(self, record: Record, rng: np.random.Generator) -> np.ndarray:
         """Returns uint8 [*size, channels]. Raises DecodeError naming the record."""
         image = decode(record.image, self.channels, record.name)  # [H, W, C]
-        return resize(image, self.box(rng, *image.shape[:2]), self.size)
+        crop = resize(image, self.box(rng, *image.shape[:2]), self.size)
+        if self.randaugment is None:
+            return crop
+        # The recipe flips before RandAugment; here the device flips after it. Colours do not care,
+        # and mirrored, rotation, shear and translation are the same with the other sign, which is
+        # as likely: equal in distribution. But ShearY holds the left edge in place, so half of
+        # its results here are mirror images of the recipe's.
+        return self.randaugment(crop, rng)
 
     def box(self, rng: np.random.Generator, height: int, width: int) -> Box:
         """The crop of a picture of height x width pixels; consumes ``rng`` if it is random."""
         if self.crop == "random_resized":
             return random_resized_crop_box(rng, height, width, self.scale, self.ratio)
+        if self.crop == "single_try":
+            return single_try_crop_box(rng, height, width, self.scale, self.ratio)
         top, left, h, w = centre_box(height, width, self.size, _eval_crop_ratio(self.size))
         y, x = int(top), int(left)
         return y, x, max(1, min(round(h), height - y)), max(1, min(round(w), width - x))

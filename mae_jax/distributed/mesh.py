@@ -38,13 +38,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
     return jax.make_mesh(shape, BATCH_AXES, axis_types=auto, devices=devices)
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "batch_size") -> None:
     """Raises ValueError where the batch does not split evenly over devices and micro-batches."""
     parts = mesh.size * accumulate
     if batch_size % parts:
         lower = batch_size // parts * parts
         raise ValueError(
-            f"batch_size = {batch_size} does not divide over {mesh.size} device(s)"
+            f"{field} = {batch_size} does not divide over {mesh.size} device(s)"
             + (f" and optim.accumulate = {accumulate}" if accumulate > 1 else "")
             + f"; the nearest that do: {lower or parts}, {lower + parts}"
         )

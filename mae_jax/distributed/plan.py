@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
-from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks import create_task
 from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
@@ -61,7 +61,7 @@ def plan(config: ConfigDict, topology: str) -> dict[str, object]:
     devices = list(topologies.get_topology_desc(topology, "tpu").devices)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
-    task = Pretrain(config, IMAGENET_TRAIN_IMAGES, mesh)
+    task = create_task(config, IMAGENET_TRAIN_IMAGES, config.head.classes or 1000, mesh)
     abstract = abstract_state(task.init, mesh)
     start = time.time()
     compiled = lower_step(task, abstract).compile()

@@ -5,6 +5,7 @@ Hugging Face folders and files (ViTMAE, ViT), our Orbax exports, and workdirs of
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
@@ -60,6 +61,13 @@ class Checkpoint:
                 "and no model here can hold it"
             )
         return from_official(self.tensors, keep_positions=self.trained_positions)
+
+    def digest(self) -> str:
+        """Identifies the weights by their content, wherever they lie."""
+        total = hashlib.sha256()
+        for _, x in sorted(self.tensors.items()):
+            total.update(np.ascontiguousarray(x).data)
+        return total.hexdigest()
 
 
 def open_checkpoint(

@@ -7,10 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mae_jax.interop.description import Description, WeightsError
 from mae_jax.interop.weights import Params
+from mae_jax.models.classifier import absorb_batch_norm
 from mae_jax.models.vit import VARIANTS
+
+# What is read of a training state (`train.state.TrainState`), in its order: all but the optimizer.
+_STATE_FIELDS = ("step", "params", "ema", "frozen", "statistics")
 
 
 def read_params(path: pathlib.Path) -> Params:
@@ -25,7 +30,8 @@ def read_params(path: pathlib.Path) -> Params:
 def read_workdir(workdir: pathlib.Path) -> tuple[Params, Description, dict[str, Any]]:
     """The newest whole checkpoint of a run: parameters, description, facts for a model card.
 
-    The parameters are the moving average where the run keeps one.
+    The parameters are the moving average where the run keeps one, with those that were frozen. The
+    batch norm of a linear probe is absorbed into its head.
 
     Raises:
       WeightsError: no complete checkpoint, or the newest is damaged.
@@ -41,12 +47,17 @@ def read_workdir(workdir: pathlib.Path) -> tuple[Params, Description, dict[str, 
         record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder.absolute() / "record")
     except (ValueError, OSError) as error:
         raise WeightsError(f"{folder}: its record cannot be read ({error})") from error
-    state = _read(folder / "state", lambda tree: {k: tree[k] for k in ("step", "params", "ema")})
+    state = _read(folder / "state", lambda tree: {k: tree[k] for k in _STATE_FIELDS if k in tree})
+    state = dict.fromkeys(_STATE_FIELDS) | state  # older runs have nothing frozen
     config = record["config"]
+    _check_fingerprints(state, record["fingerprint"], folder)
     averaged = state["ema"] is not None
     params = state["ema"] if averaged else state["params"]
-    _check_fingerprints(state, record["fingerprint"], folder)
+    params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
+    if state["statistics"] is not None:
+        params = _absorbed(params, state["statistics"], config["head"]["pool"])
     facts = {
+        "task": config.get("task", "pretrain"),
         "data": config["data"]["name"],
         "images seen": int(state["step"]) * config["batch_size"],
         "steps": int(state["step"]),
@@ -57,15 +68,37 @@ def read_workdir(workdir: pathlib.Path) -> tuple[Params, Description, dict[str, 
         "made with": f"mae_jax {record['version']}",
         **_last_metrics(workdir / "metrics.jsonl"),
     }
-    return params, describe(config), facts
+    classes = params["head"]["bias"].shape[0] if "head" in params else 0
+    return params, _describe(config, classes), facts
 
 
-def describe(config: dict[str, Any]) -> Description:
-    """The model of a resolved config (`config.json` of a workdir)."""
+def _absorbed(params: Params, statistics: dict[str, np.ndarray], pool: str) -> Params:
+    """A probed encoder as a classifier without batch norm.
+
+    A head on the mean token expects another norm than the encoder's, so there it is left out.
+    """
+    if pool != "cls":
+        return {"encoder": params["encoder"]}
+    head = absorb_batch_norm(params["head"], statistics)
+    return {**params, "head": jax.tree.map(np.asarray, head)}
+
+
+def _describe(config: dict[str, Any], classes: int) -> Description:
+    """The model of a resolved config (`config.json` of a workdir); `classes` 0 for no head."""
     model, decoder = config["model"], config["decoder"]
     shape = VARIANTS[model["variant"]]
     size = model["image_size"]
     size = [size] if isinstance(size, int) else list(size)
+    if config.get("task", "pretrain") == "pretrain":
+        own: dict[str, Any] = {
+            "decoder_width": decoder["width"],
+            "decoder_depth": decoder["depth"],
+            "decoder_heads": decoder["heads"],
+            "target": config["target"],
+            "mask_ratio": config["mask"]["ratio"],
+        }
+    else:
+        own = {"pool": config["head"]["pool"] if classes else "", "classes": classes}
     return Description(
         image_size=(size[0], size[-1]),
         patch_size=model["patch_size"],
@@ -73,13 +106,9 @@ def describe(config: dict[str, Any]) -> Description:
         width=model["width"] or shape.width,
         depth=model["depth"] or shape.depth,
         heads=model["heads"] or shape.heads,
-        decoder_width=decoder["width"],
-        decoder_depth=decoder["depth"],
-        decoder_heads=decoder["heads"],
-        target=config["target"],
-        mask_ratio=config["mask"]["ratio"],
         mean=tuple(config["data"]["mean"]),
         std=tuple(config["data"]["std"]),
+        **own,
     )
 
 
@@ -104,11 +133,12 @@ def _read(path: pathlib.Path, choose: Any) -> Any:
 def _check_fingerprints(state: dict[str, Any], expected: list[int], folder: pathlib.Path) -> None:
     """Compares the parameters with the bit sums the run recorded when it saved them.
 
-    The sums are in the order of the state's leaves: step, parameters, optimizer, average.
+    The sums are in the order of the state's leaves: step, parameters, optimizer, then the rest.
     """
-    params, ema = jax.tree.leaves(state["params"]), jax.tree.leaves(state["ema"])
-    recorded = expected[1 : 1 + len(params)] + expected[len(expected) - len(ema) :]
-    for leaf, value in zip(params + ema, recorded, strict=True):
+    params = jax.tree.leaves(state["params"])
+    rest = jax.tree.leaves([state[field] for field in _STATE_FIELDS[2:]])
+    recorded = expected[1 : 1 + len(params)] + expected[len(expected) - len(rest) :]
+    for leaf, value in zip(params + rest, recorded, strict=True):
         bits = np.ascontiguousarray(leaf).view(np.uint32).sum(dtype=np.uint64)
         if int(bits) % 2**32 != value:
             raise WeightsError(

@@ -1,4 +1,4 @@
-"""The encoder as one self-contained file for serving (StableHLO by `jax.export`)."""
+"""A model as one self-contained file for serving (StableHLO by `jax.export`)."""
 
 import io
 import pathlib
@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.interop.build import encoder_params, features_function
+from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.card import model_card
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.description import WeightsError
@@ -30,7 +30,7 @@ _LOADER = '''"""Image features. Needs jax and numpy, nothing else.
 
     import serve
     features = serve.load()
-    features(images)  # uint8 {shape} -> {{"cls", "mean", "tokens"}}
+    features(images)  # uint8 {shape} -> {{{names}}}
 
 or `python serve.py images.npy features.npz`.
 """
@@ -64,18 +64,18 @@ if __name__ == "__main__":
 def export_stablehlo(
     checkpoint: Checkpoint, directory: str | pathlib.Path, facts: Mapping[str, Any]
 ) -> pathlib.Path:
-    """Writes the encoder with its weights and its input normalisation as one function.
+    """Writes the model with its weights and its input normalisation as one function.
 
-    uint8 images [b, H, W, C] of any batch size b -> {"cls": [b, D], "mean": [b, D], "tokens":
-    [b, 1 + L, D]} float32, on CPU, CUDA, ROCm and TPU. Beside the file lie a loader that needs jax
-    and numpy alone (it brings the reader for the format of `jax.export`, 30 kB) and a model card.
+    uint8 images [b, H, W, C] of any batch size b -> what `build.features_function` gives: {"cls":
+    [b, D], "mean": [b, D], "tokens": [b, 1 + L, D]} float32, of classifiers also "logits" [b, K];
+    on CPU, CUDA, ROCm and TPU. Beside the file lie a loader that needs jax and numpy alone (it
+    brings the reader for the format of `jax.export`, 30 kB) and a model card.
 
     Raises:
-      WeightsError: the weights are too large for the format, or of a model whose features this
-        encoder does not give.
+      WeightsError: the weights are too large for the format.
     """
     d = checkpoint.description
-    params = encoder_params(checkpoint)
+    params = model_params(checkpoint)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if size > MAX_BYTES:
         raise WeightsError(
@@ -94,18 +94,21 @@ def export_stablehlo(
     path = directory / FILE
     write_atomically(path, bytes(exported.serialize()))
     shape = f"[b, {d.image_size[0]}, {d.image_size[1]}, {d.channels}]"
-    loader = _LOADER.format(shape=shape, file=FILE, library=LOADER_LIBRARY)
+    outputs = exported.out_tree.unflatten(exported.out_avals)
+    names = ", ".join(f'"{name}"' for name in outputs)
+    kind = "Image classifier" if d.classes else "Image encoder"
+    loader = _LOADER.format(shape=shape, names=names, file=FILE, library=LOADER_LIBRARY)
     write_atomically(directory / LOADER_FILE, loader)
     write_atomically(directory / LOADER_LIBRARY, _reader_library())
     card = model_card(
         d,
         facts,
-        content=f"Image encoder as a StableHLO function, {FILE}: uint8 images {shape} to features; "
+        content=f"{kind} as a StableHLO function, {FILE}: uint8 images {shape} to {names}; "
         f"weights and input normalisation are inside. Made with jax {jax.__version__}.",
         how_to_load=(
             "import serve  # serve.py of this folder; needs jax and numpy\n\n"
             "features = serve.load()\n"
-            'features(images)["cls"]'
+            f'features(images)["{"logits" if d.classes else "cls"}"]'
         ),
     )
     write_atomically(directory / CARD_FILE, card)

@@ -5,7 +5,7 @@ Compiler counts are not used: they count the body of a scan once.
 
 from mae_jax.models.mae import MAE
 from mae_jax.models.masking import num_kept
-from mae_jax.models.vit import MLP_RATIO
+from mae_jax.models.vit import MLP_RATIO, ViT
 
 
 def stack_macs(tokens: int, width: int, depth: int) -> int:
@@ -29,6 +29,18 @@ def mae_forward_macs(model: MAE, mask_ratio: float) -> int:
     )
 
 
-def train_flops(forward_macs: int) -> int:
-    """FLOPs of a training step per image: two per multiply-add, backward twice the forward."""
-    return 3 * 2 * forward_macs
+def encoder_forward_macs(encoder: ViT) -> int:
+    """Multiply-adds of one whole image through the encoder."""
+    patches = encoder.grid[0] * encoder.grid[1]
+    embedding = patches * encoder.patch_size**2 * encoder.channels * encoder.width
+    return embedding + stack_macs(1 + patches, encoder.width, encoder.depth)
+
+
+def train_flops(forward_macs: int, tuned_macs: int | None = None) -> int:
+    """FLOPs of a training step per image: two per multiply-add, backward twice the forward.
+
+    Args:
+      tuned_macs: the part of `forward_macs` that gradients run back through; None: all of it.
+    """
+    tuned_macs = forward_macs if tuned_macs is None else tuned_macs
+    return 2 * forward_macs + 2 * 2 * tuned_macs

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from mae_jax.models.masking import Masking
 from mae_jax.models.targets import TARGETS, patchify
 from mae_jax.models.vit import (
-    VARIANTS,
     Blocks,
     ViT,
     dense,
@@ -96,43 +95,17 @@ def masked_loss(predictions: jax.Array, target: jax.Array, mask: jax.Array) -> j
 
 
 def create_mae(
-    *,
-    variant: str,
-    patch_size: int,
-    image_size: tuple[int, int],
-    channels: int,
-    decoder_width: int,
-    decoder_depth: int,
-    decoder_heads: int,
-    target: str,
-    dtype: jnp.dtype,
-    width: int = 0,
-    depth: int = 0,
-    heads: int = 0,
-    stacking: str = "unrolled",
-    remat: str = "none",
+    encoder: ViT, *, decoder_width: int, decoder_depth: int, decoder_heads: int, target: str
 ) -> MAE:
-    """Builds the model; `width`, `depth`, `heads` other than 0 override the variant's."""
-    shape = VARIANTS[variant]
-    encoder = ViT(
-        image_size=image_size,
-        patch_size=patch_size,
-        channels=channels,
-        width=width or shape.width,
-        depth=depth or shape.depth,
-        heads=heads or shape.heads,
-        dtype=dtype,
-        stacking=stacking,
-        remat=remat,
-    )
+    """Puts a decoder to an encoder; it is computed in the encoder's type and manner."""
     decoder = Decoder(
         grid=encoder.grid,
-        patch_values=patch_size**2 * channels,
+        patch_values=encoder.patch_size**2 * encoder.channels,
         width=decoder_width,
         depth=decoder_depth,
         heads=decoder_heads,
-        dtype=dtype,
-        stacking=stacking,
-        remat=remat,
+        dtype=encoder.dtype,
+        stacking=encoder.stacking,
+        remat=encoder.remat,
     )
     return MAE(encoder=encoder, decoder=decoder, target=target)

@@ -1,6 +1,6 @@
 """The Vision Transformer of MAE, as plain maths on arrays (paper appendix A.1)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -299,3 +299,31 @@ class ViT(nn.Module):
             name="blocks",
         )(x, path_scale)
         return layer_norm(self.dtype, "norm")(x) if self.final_norm else x
+
+
+def create_vit(
+    *,
+    variant: str,
+    patch_size: int,
+    image_size: tuple[int, int],
+    channels: int,
+    width: int = 0,
+    depth: int = 0,
+    heads: int = 0,
+    **options: Any,
+) -> ViT:
+    """Builds an encoder; `width`, `depth`, `heads` other than 0 override the variant's.
+
+    Args:
+      options: further attributes of `ViT`.
+    """
+    shape = VARIANTS[variant]
+    return ViT(
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=channels,
+        width=width or shape.width,
+        depth=depth or shape.depth,
+        heads=heads or shape.heads,
+        **options,
+    )

@@ -1,0 +1,26 @@
+"""What can be trained: one file a task, each a subclass of `base.Task`."""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax.tasks.base import Task
+from mae_jax.tasks.finetune import Finetune
+from mae_jax.tasks.linear_probe import LinearProbe
+from mae_jax.tasks.pretrain import Pretrain
+
+_CLASSES = {
+    "pretrain": Pretrain,
+    "finetune": Finetune,
+    "scratch": Finetune,
+    "linear_probe": LinearProbe,
+}
+
+
+def create_task(config: ConfigDict, examples: int, classes: int | None, mesh: Mesh) -> Task:
+    """The task `config.task` names.
+
+    Args:
+      examples: size of the training split; sets the length of epochs.
+      classes: of a labelled data set.
+    """
+    return _CLASSES[config.task](config, examples, classes, mesh)

@@ -63,23 +63,19 @@ class Evaluation:
     def __init__(
         self,
         task: Any,
-        data: Any,
+        inputs: Any,
         mesh: Mesh,
         writer: MetricsWriter,
         shardings: Any,
         *,
         max_batches: int,
-        bad_records: str,
-        threads: int,
-        prefetch: int,
     ):
         self._task = task
-        self._data = data
+        self._inputs = inputs
         self._mesh = mesh
         self._writer = writer
         self._max_batches = max_batches or None
-        self._loading = {"bad_records": bad_records, "threads": threads, "prefetch": prefetch}
-        self._positions = local_positions(task.batch_size, mesh)
+        self._positions = local_positions(task.eval_batch_size, mesh)
         everywhere = replicated(mesh)
         self._step = jax.jit(
             task.eval_step,
@@ -89,18 +85,12 @@ class Evaluation:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Evaluates `state` and writes `eval/...` metrics of `step`."""
-        batch_size = self._task.batch_size
+        size = self._task.eval_batch_size
         sums: dict[str, Any] = {}
-        with pipeline.eval_batches(
-            self._data.eval,
-            self._data.eval_transform,
-            batch_size=batch_size,
-            positions=self._positions,
-            **self._loading,
-        ) as batches:
+        with self._inputs.eval_batches(self._positions, size) as batches:
             for index, batch in enumerate(itertools.islice(batches, self._max_batches)):
-                arrays = {name: batch[name] for name in (*self._task.batch_fields, "weight")}
-                arrays = global_batch(arrays, self._positions, batch_size, self._mesh)
+                arrays = {name: batch[name] for name in (*self._task.batch_arrays, "weight")}
+                arrays = global_batch(arrays, self._positions, size, self._mesh)
                 part = self._step(state, arrays, np.int32(index))
                 sums = jax.tree.map(lambda a, b: a + b, sums, part) if sums else part
         sums = jax.device_get(sums)

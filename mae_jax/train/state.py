@@ -107,19 +107,31 @@ def gradients(loss_fn: LossFn, params: Any, batch: Any, parts: int) -> tuple[Any
         (loss, metrics), grads = grad_fn(params, batch)
         return grads, {"loss": loss, **metrics}
 
-    def split(x: jax.Array) -> jax.Array:  # [B, ...] -> [parts, B / parts, ...]
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-
     def add_part(total: Any, part: Any) -> tuple[Any, None]:
         (loss, metrics), grads = grad_fn(params, part)
         return jax.tree.map(jnp.add, total, (grads, {"loss": loss, **metrics})), None
 
-    micro_batches = jax.tree.map(split, batch)
+    micro_batches = _divide(batch, parts)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     (loss, metrics), grads = jax.eval_shape(grad_fn, params, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, {"loss": loss, **metrics}))
     total, _ = jax.lax.scan(add_part, zeros, micro_batches)
     return jax.tree.map(lambda x: x / parts, total)
+
+
+def _divide(batch: Any, parts: int) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]; part a holds rows a, a + parts, ..."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
+    )
+
+
+def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, parts: int) -> jax.Array:
+    """`function(x)` for a function of rows [B, ...] -> [B, ...], computed in so many parts."""
+    if parts == 1:
+        return function(x)
+    y = jax.lax.map(function, _divide(x, parts))  # [parts, B / parts, ...]
+    return jnp.swapaxes(y, 0, 1).reshape(x.shape[0], *y.shape[2:])
 
 
 def apply_gradients(

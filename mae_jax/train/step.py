@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from mae_jax.distributed.mesh import batch_sharding, replicated
@@ -42,11 +41,9 @@ def lower_step(task: Any, abstract: Any) -> Any:
     sharding = batch_sharding(task.mesh)
     shardings = shardings_of(abstract)
     totals = jax.eval_shape(lambda: zero_totals(task.metric_names))
-    arrays = {"image": (task.image_shape, np.uint8), "label": ((), np.int32)}
     batch = {
         name: jax.ShapeDtypeStruct((task.batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in arrays.items()
-        if name in task.batch_fields
+        for name, (shape, dtype) in task.batch_arrays.items()
     }
     return jax.jit(
         step,

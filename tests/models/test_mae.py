@@ -6,13 +6,16 @@ import pytest
 from mae_jax.models import flops
 from mae_jax.models.mae import create_mae, masked_loss
 from mae_jax.models.masking import num_kept, sample_masking
+from mae_jax.models.vit import create_vit
 
-PAPER = {"channels": 3, "decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
+DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
 
 
 def create(variant, patch_size, target="norm_pixel", **changes):
-    arguments = {"image_size": (224, 224), "dtype": jnp.float32, **PAPER, **changes}
-    return create_mae(variant=variant, patch_size=patch_size, target=target, **arguments)
+    decoder = {name: changes.pop(name, value) for name, value in DECODER.items()}
+    arguments = {"image_size": (224, 224), "channels": 3, "dtype": jnp.float32, **changes}
+    encoder = create_vit(variant=variant, patch_size=patch_size, **arguments)
+    return create_mae(encoder, target=target, **decoder)
 
 
 def masks(model, count, seed=0, ratio=0.75):

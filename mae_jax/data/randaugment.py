@@ -1,0 +1,258 @@
+"""RandAugment on the host, one picture at a time, with Pillow: exactness before speed.
+
+Cubuk et al., arXiv 1909.13719, in timm's variant, which the MAE fine-tuning recipe uses: each op is
+left out half of the time, levels are drawn about the magnitude, and pictures keep their size.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+MAX_LEVEL = 10.0
+APPLY_PROBABILITY = 0.5  # of each op drawn
+
+# What an op reaches at level 10.
+ROTATE_DEGREES = 30.0
+SHEAR = 0.3  # pixels along one axis per pixel along the other
+TRANSLATE = 0.45  # of the side
+ENHANCE = 0.9  # distance of an enhancement factor from 1, "increasing" ops
+POSTERIZE_BITS = 4
+SOLARIZE_ADD = 110  # grey levels
+
+Fill = tuple[int, ...]
+
+
+def _rotate(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    angle = sign * ROTATE_DEGREES * share  # counterclockwise, about the centre
+    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=_color(fill))
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
+    # The matrix leads from places in the result to places in the picture, (x, y) from top left.
+    bicubic = Image.Resampling.BICUBIC
+    size, kind = image.size, Image.Transform.AFFINE
+    return image.transform(size, kind, matrix, bicubic, fillcolor=_color(fill))
+
+
+def _color(fill: Fill) -> int | Fill:
+    return fill if len(fill) > 1 else fill[0]
+
+
+def _shear_x(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, sign * SHEAR * share, 0, 0, 1, 0), fill)
+
+
+def _shear_y(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, 0, sign * SHEAR * share, 1, 0), fill)
+
+
+def _translate_x(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, sign * TRANSLATE * share * image.width, 0, 1, 0), fill)
+
+
+def _translate_y(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, sign * TRANSLATE * share * image.height), fill)
+
+
+def _mapped(image: Image.Image, table: np.ndarray) -> Image.Image:
+    """Every grey level v becomes ``table[v]``."""
+    return image.point(table.tolist() * len(image.getbands()))
+
+
+GREY_LEVELS = np.arange(256)
+
+
+def _posterized(image: Image.Image, bits: int) -> Image.Image:
+    # ImageOps.posterize refuses to keep 0 bits (a black picture) since Pillow 13, but level 10
+    # comes to that, and one draw in forty of m9-mstd0.5 is level 10.
+    return _mapped(image, GREY_LEVELS & ~(2 ** (8 - bits) - 1))
+
+
+def _posterize(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return _posterized(image, int(POSTERIZE_BITS * share))
+
+
+def _posterize_increasing(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return _posterized(image, POSTERIZE_BITS - int(POSTERIZE_BITS * share))
+
+
+def _solarize(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return ImageOps.solarize(image, int(256 * share))
+
+
+def _solarize_increasing(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    return ImageOps.solarize(image, 256 - int(256 * share))
+
+
+def _solarize_add(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+    brighter = np.minimum(GREY_LEVELS + int(SOLARIZE_ADD * share), 255)
+    return _mapped(image, np.where(GREY_LEVELS < 128, brighter, GREY_LEVELS))
+
+
+Op = Callable[[Image.Image, float, int, Fill], Image.Image]
+
+
+def _enhance(enhancer: type, increasing: bool) -> Op:
+    def op(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+        factor = 1.0 + sign * ENHANCE * share if increasing else 0.1 + 1.8 * share
+        return enhancer(image).enhance(factor)
+
+    return op
+
+
+# Each takes the level as a share of the maximum, and a sign (+1 or -1) if it has two directions.
+_COMMON: dict[str, Op] = {
+    "AutoContrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
+    "Equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
+    "Invert": lambda image, share, sign, fill: ImageOps.invert(image),
+    "Rotate": _rotate,
+    "SolarizeAdd": _solarize_add,
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateXRel": _translate_x,
+    "TranslateYRel": _translate_y,
+}
+PLAIN_OPS: dict[str, Op] = _COMMON | {
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "Color": _enhance(ImageEnhance.Color, False),
+    "Contrast": _enhance(ImageEnhance.Contrast, False),
+    "Brightness": _enhance(ImageEnhance.Brightness, False),
+    "Sharpness": _enhance(ImageEnhance.Sharpness, False),
+}
+INCREASING_OPS: dict[str, Op] = _COMMON | {
+    "PosterizeIncreasing": _posterize_increasing,
+    "SolarizeIncreasing": _solarize_increasing,
+    "ColorIncreasing": _enhance(ImageEnhance.Color, True),
+    "ContrastIncreasing": _enhance(ImageEnhance.Contrast, True),
+    "BrightnessIncreasing": _enhance(ImageEnhance.Brightness, True),
+    "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness, True),
+}
+_ALL_OPS = PLAIN_OPS | INCREASING_OPS
+
+
+def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> np.ndarray:
+    """Does one op to one picture.
+
+    The names, and what a level means, are timm's (timm.data.auto_augment).
+
+    Args:
+      name: of `PLAIN_OPS` or `INCREASING_OPS`.
+      image: uint8 [H, W, C], C 1 or 3.
+      level: 0 to 10.
+      sign: +1 or -1, the direction of ops that have two (rotation, shear, translation and
+        "increasing" enhancement); the others do not read it.
+      fill: C grey levels, for what a moved picture leaves empty.
+
+    Returns:
+      uint8 [H, W, C].
+
+    Raises:
+      ValueError: unknown op, or channels that Pillow does not have.
+    """
+    if name not in _ALL_OPS:
+        raise ValueError(f"no op {name!r}: choose among {', '.join(sorted(_ALL_OPS))}")
+    channels = image.shape[2]
+    if channels not in (1, 3) or len(fill) != channels:
+        raise ValueError(
+            f"RandAugment works on pictures of 1 or 3 channels with as many values of fill; got "
+            f"{channels} channels and fill {fill}"
+        )
+    picture = Image.fromarray(image if channels == 3 else image[:, :, 0])
+    result = _ALL_OPS[name](picture, level / MAX_LEVEL, sign, fill)
+    return np.asarray(result).reshape(image.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """Draws ops and does them to a picture, one after the other. Made by `parse_randaugment`.
+
+    Ops are drawn uniformly with replacement; each is then done with probability 1/2, at a level
+    drawn from a normal distribution and clipped to [0, 10], in a random direction.
+    """
+
+    magnitude: float
+    """Mean of the level."""
+    deviation: float
+    """Standard deviation of the level, before clipping."""
+    count: int
+    """Ops drawn for a picture."""
+    increasing: bool
+    """The set of ops: stronger with the level throughout, or as in the first AutoAugment code."""
+    fill: Fill
+    """Grey levels of what a moved picture leaves empty, one per channel."""
+
+    def __post_init__(self) -> None:
+        if len(self.fill) not in (1, 3) or not all(0 <= v <= 255 for v in self.fill):
+            raise ValueError(
+                f"augment.randaugment: works on pictures of 1 or 3 channels, filled by grey levels "
+                f"0 to 255; got fill {self.fill}. Set augment.randaugment='' to do without"
+            )
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Names of the 15 ops drawn from."""
+        return tuple(INCREASING_OPS if self.increasing else PLAIN_OPS)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Augments a picture.
+
+        Args:
+          image: uint8 [H, W, C], C as many as ``fill`` has values.
+          rng: consumed; nothing else is random.
+
+        Returns:
+          uint8 [H, W, C]; ``image`` itself if no op is done.
+
+        Raises:
+          ValueError: another number of channels.
+        """
+        for _ in range(self.count):
+            name = self.ops[rng.integers(len(self.ops))]
+            done = rng.random() < APPLY_PROBABILITY
+            level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), MAX_LEVEL)
+            sign = 1 if rng.random() < 0.5 else -1
+            if done:
+                image = apply(name, image, level, sign, self.fill)
+        return image
+
+
+def parse_randaugment(spec: str, fill: Fill) -> RandAugment:
+    """Reads timm's notation, e.g. ``rand-m9-mstd0.5-inc1`` (MAE fine-tuning).
+
+    After ``rand``, in any order: ``m`` mean level, 0 to 10 (default 10); ``mstd`` its standard
+    deviation, 0 to 10 (0); ``inc`` 1 for ops whose strength grows with the level, else 0 (0);
+    ``n`` ops drawn (2).
+
+    Args:
+      spec: as above.
+      fill: grey levels of what a moved picture leaves empty, one per channel; in the recipe the
+        data's mean, (124, 116, 104).
+
+    Raises:
+      ValueError: anything else, naming ``augment.randaugment``.
+    """
+    values = {"m": 10.0, "mstd": 0.0, "inc": 0.0, "n": 2.0}
+    head, *parts = spec.split("-")
+    found = [re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part) for part in parts]
+    names = [match[1] for match in found if match]
+    well_formed = head == "rand" and all(found) and len(set(names)) == len(names)
+    if well_formed and set(names) <= set(values):
+        values |= {match[1]: float(match[2]) for match in found if match}
+        in_range = max(values["m"], values["mstd"]) <= MAX_LEVEL and values["inc"] in (0, 1)
+        if in_range and values["n"] >= 1 and values["n"].is_integer():
+            return RandAugment(
+                magnitude=values["m"],
+                deviation=values["mstd"],
+                count=int(values["n"]),
+                increasing=values["inc"] == 1,
+                fill=tuple(fill),
+            )
+    raise ValueError(
+        f"augment.randaugment={spec!r}: write it as rand-m9-mstd0.5-inc1 with m and mstd in "
+        "[0, 10], inc 0 or 1, and n (ops drawn, e.g. n2) at least 1, each at most once; "
+        "or '' for none"
+    )

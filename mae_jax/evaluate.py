@@ -1,0 +1,334 @@
+"""Accuracy of a classifier on a labelled data set.
+
+    python -m mae_jax.evaluate --weights=WEIGHTS --data=imagenet2012 --data_dir=TFDS_DIR
+
+`--weights` is a workdir of fine-tuning or probing, or a classifier in any format that is read: our
+exports, the official fine-tuned `.pth`, timm, Hugging Face. `--data` is a TFDS data set, or
+`folder`. Top-1, top-5 and mean cross entropy over every record once, on all devices of this
+machine. The official weights score 83.66 (B), 85.95 (L) and 86.93 (H) on ImageNet.
+
+The paper's robustness benchmarks (table 13; its numbers are in `mae_jax/robustness.py`):
+
+    python -m mae_jax.evaluate --weights=WEIGHTS --robustness=a --data_dir=TFDS_DIR
+
+`a`, `r`, `sketch` (ImageNet-A, -R, -Sketch) and `c` (ImageNet-C: 15 corruptions at 5 severities, 75
+times the validation set, scored by the mean corruption error, mCE). TFDS makes the corrupted images
+itself, with other random numbers than the published files. `--corruptions=fog,snow` runs some of
+them, which gives no mCE.
+
+`--output` is written after every data set; the same command continues it after an interruption.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mae_jax.data.pipeline import eval_batches
+from mae_jax.data.sources import Source, open_source
+from mae_jax.data.transforms import EvalTransform
+from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
+from mae_jax.interop import arguments
+from mae_jax.interop.build import classify_function, model_params
+from mae_jax.interop.checkpoint import Checkpoint, open_checkpoint
+from mae_jax.interop.files import read_json, write_atomically
+from mae_jax.robustness import (
+    ALEXNET_ERRORS,
+    BENCHMARKS,
+    Benchmark,
+    corrupted,
+    corruption_errors,
+    occurring_classes,
+    require_present,
+)
+from mae_jax.tasks.finetune import classification_sums
+
+COLUMNS = ("weights", "data", "images", "top-1 %", "top-5 %", "loss", "mCE %")
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot run; the message gives the remedy."""
+
+
+class Scorer:
+    """Scores data sets with one classifier.
+
+    Args:
+      batch_size: pictures at once; rounded up to a multiple of the devices.
+      crop: crop over resized side; 0: 224/256 up to 224 px, else 1.
+      mesh: whose devices share each batch; None for all.
+
+    Raises:
+      WeightsError: the weights have no head.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        batch_size: int = 64,
+        crop: float = 0.0,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+    ):
+        self._mesh = make_mesh() if mesh is None else mesh
+        self._description = d = checkpoint.description
+        classify = classify_function(d, jnp.dtype(dtype))
+        self._batch_size = math.ceil(batch_size / self._mesh.size) * self._mesh.size
+        self._transform = EvalTransform(d.image_size, d.channels, crop_ratio=crop or None)
+        self._params = replicate(model_params(checkpoint), self._mesh)
+
+        @jax.jit
+        def score(params: Any, batch: dict[str, jax.Array], subset: jax.Array) -> Any:
+            logits = classify(params, batch["image"])[:, subset]  # [B, S]
+            labels = jnp.searchsorted(subset, batch["label"])  # [B], places in the subset
+            return classification_sums(logits, labels, batch["weight"])
+
+        self._score = score
+
+    def check(self, source: Source) -> None:
+        """Raises EvaluationError where labels are missing or are not the classifier's."""
+        where = f"{source.name}, split {source.split},"
+        if source.num_classes is None or source[0].label < 0:
+            raise EvaluationError(
+                f"{where} has no labels: choose a labelled data set and split; a folder needs one "
+                "sub-folder a class"
+            )
+        if source.num_classes != self._description.classes:
+            raise EvaluationError(
+                f"{where} has {source.num_classes} classes, the classifier has "
+                f"{self._description.classes}: evaluate on the data set it was trained for"
+            )
+
+    def __call__(self, source: Source, *, subset: bool = False) -> dict[str, float]:
+        """Mean "top1", "top5" and "loss" over all "examples", and the number of "classes".
+
+        Args:
+          source: that passes `check`.
+          subset: whether only classes that occur in the set can be predicted.
+
+        Raises:
+          DecodeError, LabelError: a record that cannot be read or labelled, by name.
+          EvaluationError: the loss is not finite.
+        """
+        classes = self._description.classes
+        chosen = np.arange(classes, dtype=np.int32)
+        if subset:
+            chosen = occurring_classes(source, classes)
+        totals = dict.fromkeys(("loss", "top1", "top5", "weight"), 0.0)
+
+        def add(sums: dict[str, jax.Array]) -> None:
+            for name in totals:
+                totals[name] += float(sums[name])
+            progress.update(int(sums["weight"]))
+
+        batches = eval_batches(
+            source,
+            self._transform,
+            batch_size=self._batch_size,
+            positions=np.arange(self._batch_size),
+            classes=classes,
+        )
+        progress = tqdm(
+            total=len(source),
+            unit="image",
+            desc=source.name,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+        running = None  # a batch is decoded while the one before it is computed
+        with batches, progress:
+            for batch in batches:
+                placed = jax.device_put(batch, batch_sharding(self._mesh))
+                started = self._score(self._params, placed, chosen)
+                if running is not None:
+                    add(running)
+                running = started
+            add(running)
+        count = totals.pop("weight")
+        scores = {name: total / count for name, total in totals.items()}
+        if not math.isfinite(scores["loss"]):
+            raise EvaluationError(f"{source.name}: the loss is {scores['loss']}; try float32")
+        return {**scores, "examples": int(count), "classes": len(chosen)}
+
+
+def evaluate(
+    weights: str,
+    benchmark: Benchmark,
+    data_dir: str,
+    *,
+    crop: float = 0.0,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    output: str = "",
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Scores the data sets of a benchmark; see the module's docstring.
+
+    Args:
+      crop: see `Scorer`; 0 takes the benchmark's.
+      output: JSON file to write; empty for none.
+      known: see `open_checkpoint`.
+
+    Returns:
+      what the file holds: "weights", "settings", "sets" {name: scores}, their means, "mce" where
+      all corruptions were run, and "markdown", a row below `HEADER`. Accuracies are fractions.
+
+    Raises:
+      FileNotFoundError, WeightsError, EvaluationError, DecodeError, LabelError: what is wrong with
+        the weights, the data or the options.
+    """
+    if len(benchmark.data) > 1 and data_dir:
+        require_present(benchmark.data, data_dir)
+    first = open_source(benchmark.data[0], data_dir, benchmark.split)
+    checkpoint = open_checkpoint(weights, **(known or {}))
+    crop = crop or benchmark.crop
+    scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
+    scorer.check(first)
+    settings = {
+        **dataclasses.asdict(benchmark),
+        "data": list(benchmark.data),
+        "crop": crop,
+        "dtype": dtype,
+        "weights": checkpoint.digest(),
+    }
+    result: dict[str, Any] = {
+        "weights": checkpoint.source,
+        "notes": list(checkpoint.notes),
+        "settings": settings,
+        "sets": {},
+    }
+    if output and pathlib.Path(output).is_file():
+        old = read_json(output)
+        if old.get("settings") == settings and "markdown" not in old:  # it was interrupted
+            result["sets"] = old["sets"]
+    for name in benchmark.data:
+        if name in result["sets"]:
+            continue
+        source = open_source(name, data_dir, benchmark.split)
+        scorer.check(source)
+        result["sets"][name] = scorer(source, subset=benchmark.subset)
+        _write(output, result)
+    result |= _summary(checkpoint.source, benchmark, result["sets"])
+    _write(output, result)
+    return result
+
+
+def _write(output: str, result: dict[str, Any]) -> None:
+    if output:
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
+
+
+def _summary(
+    weights: str, benchmark: Benchmark, sets: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Means over data sets, the corruption errors of ImageNet-C, and all of it as a row."""
+    mean = {
+        field: statistics.fmean(scores[field] for scores in sets.values())
+        for field in ("top1", "top5", "loss")
+    }
+    errors = {
+        name: [1 - sets[data]["top1"] for data in corrupted(name)]
+        for name in ALEXNET_ERRORS
+        if set(corrupted(name)) <= sets.keys()
+    }
+    summary: dict[str, Any] = {**mean, "examples": sum(s["examples"] for s in sets.values())}
+    shown = f"{benchmark.data[0]}, {benchmark.split}"
+    if errors:
+        summary["corruption_errors"] = corruption_errors(errors)
+        shown = f"imagenet2012_corrupted ({', '.join(errors)})"
+    if errors.keys() == ALEXNET_ERRORS.keys():
+        summary["mce"] = statistics.fmean(summary["corruption_errors"].values())
+        shown = "imagenet2012_corrupted"
+    cells = (
+        weights,
+        shown,
+        f"{summary['examples']:,}",
+        f"{100 * mean['top1']:.2f}",
+        f"{100 * mean['top5']:.2f}",
+        f"{mean['loss']:.4f}",
+        f"{summary['mce']:.1f}" if "mce" in summary else "-",
+    )
+    return {**summary, "markdown_header": HEADER, "markdown": f"| {' | '.join(cells)} |"}
+
+
+def choose_benchmark(data: str, split: str, robustness: str, corruptions: str) -> Benchmark:
+    """What the command line asks for.
+
+    Raises:
+      EvaluationError: options that contradict each other.
+    """
+    if bool(data) == bool(robustness):
+        raise EvaluationError("give one of --data and --robustness")
+    if corruptions and robustness != "c":
+        raise EvaluationError("--corruptions belongs to --robustness=c")
+    if robustness and split:
+        raise EvaluationError("--split belongs to --data; a benchmark has its own")
+    if data:
+        return Benchmark((data,), split or "validation")
+    benchmark = BENCHMARKS[robustness]
+    if not corruptions:
+        return benchmark
+    names = list(dict.fromkeys(corruptions.split(",")))
+    if unknown := [name for name in names if name not in ALEXNET_ERRORS]:
+        raise EvaluationError(
+            f"--corruptions: there is no {', '.join(unknown)}; choose from "
+            + ", ".join(ALEXNET_ERRORS)
+        )
+    return dataclasses.replace(benchmark, data=sum(map(corrupted, names), ()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_jax.evaluate",
+        description="Accuracy of a classifier on a labelled data set.",
+    )
+    parser.add_argument("--weights", required=True, help="workdir, file or folder")
+    parser.add_argument("--data", default="", help="TFDS name, folder or demo")
+    parser.add_argument("--data_dir", default="", help="TFDS data dir, or the folder of images")
+    parser.add_argument("--split", default="", help="of --data (default: validation)")
+    parser.add_argument("--robustness", default="", choices=("", *BENCHMARKS), help="in its place")
+    parser.add_argument("--corruptions", default="", help="some of c's, as fog,snow: no mCE")
+    parser.add_argument(
+        "--crop",
+        type=float,
+        default=0.0,
+        help="crop over resized side (default: 224/256 up to 224 px, above and for c 1)",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--output", default="", help="JSON file to write")
+    arguments.add_known(parser)
+    args = parser.parse_args(argv)
+    try:
+        result = evaluate(
+            args.weights,
+            choose_benchmark(args.data, args.split, args.robustness, args.corruptions),
+            args.data_dir,
+            crop=args.crop,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            output=args.output,
+            known=arguments.known(args),
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.output}" if args.output else json.dumps(result, indent=2))
+    print(f"{HEADER}\n{result['markdown']}")
+
+
+if __name__ == "__main__":
+    main()

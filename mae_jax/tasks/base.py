@@ -1,0 +1,149 @@
+"""What all tasks share, and what the trainer asks of one."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax import config as config_lib
+from mae_jax.distributed.mesh import batch_sharding
+from mae_jax.interop.description import Description
+from mae_jax.models.vit import ViT, create_vit
+from mae_jax.tasks.splits import Splits
+from mae_jax.train import optimizers
+from mae_jax.train.metrics import MetricsWriter
+from mae_jax.train.state import Metrics, TrainState
+
+# Purposes of random keys, so that they never collide.
+TRAIN, EVAL, INIT, MIX = 0, 1, 2, 3
+
+
+def create_encoder(config: ConfigDict, **options: Any) -> ViT:
+    """The encoder of `config.model`; `options` as in `create_vit`."""
+    model = config.model
+    return create_vit(
+        variant=model.variant,
+        patch_size=model.patch_size,
+        image_size=config_lib.image_size(config),
+        channels=model.channels,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        dtype=jnp.dtype(config.compute_dtype),
+        stacking=model.stacking,
+        remat=model.remat,
+        **options,
+    )
+
+
+class Task:
+    """Pure functions of (state, batch) and what surrounds them.
+
+    A task adds `init`, `train_step`, `eval_step`, `train_flops_per_image` and `export`.
+
+    Args:
+      config: a validated config.
+      examples: size of the training split; sets the length of epochs.
+      encoder: of the model that is trained or probed.
+      mesh: where steps run.
+    """
+
+    metric_names: tuple[str, ...] = ("loss", "grad_norm", "lr")
+    batch_fields: tuple[str, ...] = ("image", "label")
+
+    def __init__(self, config: ConfigDict, examples: int, encoder: ViT, mesh: Mesh):
+        self.total_steps = config_lib.total_steps(config, examples)
+        self.batch_size = config.batch_size
+        self.eval_batch_size = config.eval.batch_size or config.batch_size
+        self.mesh = mesh
+        self.encoder = encoder
+        self.mean = tuple(config.data.mean)
+        self.std = tuple(config.data.std)
+        self.flip = config.data.flip
+        self.accumulate = config.optim.accumulate
+        self.ema_decay = config.optim.ema
+        self.schedule = optimizers.warmup_cosine(
+            base_lr=config.optim.base_lr,
+            batch_size=config.batch_size,
+            warmup_steps=config_lib.warmup_steps(config, examples),
+            total_steps=self.total_steps,
+            min_lr=config.optim.min_lr,
+        )
+        self._seed = config.seed
+
+    # What a step does.
+
+    def init(self) -> TrainState:
+        """The state at step 0, a function of the seed alone."""
+        raise NotImplementedError
+
+    def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        """One update on `batch`, the fields `batch_arrays` names; metrics are means."""
+        raise NotImplementedError
+
+    def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
+        """Sums over batch number `index`, each example times its "weight" [B], with their count."""
+        raise NotImplementedError
+
+    @property
+    def train_flops_per_image(self) -> int:
+        """Matrix-multiply FLOPs of one training step per image."""
+        raise NotImplementedError
+
+    @property
+    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape (without the batch axis) and type of what a step takes."""
+        arrays = {"image": (self.image_shape, np.uint8), "label": ((), np.int32)}
+        return {name: arrays[name] for name in self.batch_fields}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images a step takes."""
+        return (*self.encoder.image_size, self.encoder.channels)
+
+    # What surrounds the steps.
+
+    @property
+    def description(self) -> Description:
+        """The model as other libraries need to know it."""
+        encoder = self.encoder
+        return Description(
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            channels=encoder.channels,
+            width=encoder.width,
+            depth=encoder.depth,
+            heads=encoder.heads,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
+        """Where batches come from: `data`, unless the task makes something of it first."""
+        del state, workdir
+        return data
+
+    def actions(
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+    ) -> list:
+        """What to do at intervals beside evaluating and saving."""
+        raise NotImplementedError
+
+    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+        """Writes the trained model of a host-side `state` for others to load."""
+        raise NotImplementedError
+
+    # Randomness.
+
+    def key(self, purpose: int) -> jax.Array:
+        """The run's random key for one purpose."""
+        return jax.random.fold_in(jax.random.key(self._seed), purpose)
+
+    def positions(self, count: int) -> jax.Array:
+        """Places 0 to `count` - 1 in the global batch, split like the batch: [count] int32."""
+        positions = jnp.arange(count, dtype=jnp.int32)
+        return jax.lax.with_sharding_constraint(positions, batch_sharding(self.mesh))

@@ -1,0 +1,225 @@
+"""Supervised training of the encoder: fine-tuning, partial fine-tuning, from scratch.
+
+Paper tables 9 and 11, section 4.3; mae.md 2.3, 2.4, 2.7, 2.8.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax.data.mixing import mix, random_erasing, soft_targets
+from mae_jax.data.preprocess import example_keys, normalize, random_flip
+from mae_jax.distributed.mesh import batch_sharding
+from mae_jax.distributed.sharding import gather_params, state_sharding
+from mae_jax.interop.description import Description
+from mae_jax.interop.export import export_encoder
+from mae_jax.models import flops
+from mae_jax.models.classifier import Classifier
+from mae_jax.models.vit import drop_path_scale
+from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, create_encoder
+from mae_jax.tasks.pictures import Augmentations, Predictions
+from mae_jax.tasks.splits import Splits
+from mae_jax.train import optimizers
+from mae_jax.train.loop import Action
+from mae_jax.train.metrics import MetricsWriter
+from mae_jax.train.state import (
+    Metrics,
+    TrainState,
+    apply_gradients,
+    create_state,
+    gradients,
+    merge,
+    split,
+)
+
+
+class Finetune(Task):
+    """Classification as pure functions of (state, batch).
+
+    Args:
+      config: a validated config.
+      examples: size of the training split; sets the length of epochs.
+      classes: of the data set.
+      mesh: where steps run.
+    """
+
+    def __init__(self, config: ConfigDict, examples: int, classes: int, mesh: Mesh):
+        blocks = config.trainable_blocks
+        depth = create_encoder(config).depth
+        self.trainable_blocks = depth if blocks == -1 else blocks
+        frozen_blocks = depth - math.ceil(self.trainable_blocks)
+        encoder = create_encoder(
+            config,
+            train_positions=True,
+            final_norm=config.head.pool == "cls",
+            frozen_blocks=frozen_blocks,
+        )
+        super().__init__(config, examples, encoder, mesh)
+        self.model = Classifier(encoder, classes, config.head.pool, config.head.init_std)
+        self.drop_path = config.model.drop_path
+        self.augment = config.augment.copy_and_resolve_references()
+        self.optimizer = optax.chain(
+            optimizers.adamw(
+                self.schedule,
+                b1=config.optim.b1,
+                b2=config.optim.b2,
+                eps=config.optim.eps,
+                weight_decay=config.optim.weight_decay,
+                clip_norm=config.optim.clip_norm,
+                mask=optimizers.decays_in_fine_tuning,
+            ),
+            optimizers.scale_by_layer(depth, config.optim.layer_decay),
+        )
+
+    @property
+    def train_flops_per_image(self) -> int:
+        """Matrix-multiply FLOPs of one training step per image."""
+        forward = flops.encoder_forward_macs(self.encoder)
+        if self.trainable_blocks == self.encoder.depth:
+            return flops.train_flops(forward)
+        tokens = 1 + self.encoder.grid[0] * self.encoder.grid[1]
+        one_block = flops.stack_macs(tokens, self.encoder.width, 1)
+        return flops.train_flops(forward, round(self.trainable_blocks * one_block))
+
+    def is_trainable(self, path: str) -> bool:
+        """Whether a parameter is trained: the last blocks and what follows them, or everything."""
+        depth, blocks = self.encoder.depth, self.trainable_blocks
+        if blocks == depth or not path.startswith("encoder/") or path.startswith("encoder/norm"):
+            return True
+        block = re.match(r"encoder/blocks/(\d+)/(\w+)/", path)
+        if block is None:  # patch embedding, class token, positions
+            return False
+        index, part = int(block[1]), block[2]
+        if blocks == 0.5:  # the MLP half of the last block
+            return index == depth - 1 and part in ("norm2", "mlp")
+        return index >= depth - blocks
+
+    def init(self) -> TrainState:
+        """The state at step 0, a function of the seed alone."""
+        images = jnp.zeros((1, *self.image_shape))
+        params = self.model.init(self.key(INIT), images)["params"]
+        params, frozen = split(params, self.is_trainable)
+        return create_state(params, self.optimizer, keep_ema=self.ema_decay > 0, frozen=frozen)
+
+    def augmented(self, batch: dict, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the model is trained on, a function of (seed, step, position in the global batch).
+
+        Args:
+          batch: "image" [B, H, W, C] uint8, cropped and color-augmented; "label" [B].
+
+        Returns:
+          images [B, H, W, C] float32, normalised; targets [B, classes]; keys [B] for the model.
+        """
+        images, augment = batch["image"], self.augment
+        keys = example_keys(self.key(TRAIN), step, self.positions(images.shape[0]))
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # [B, 3]
+        if self.flip:
+            images = random_flip(images, keys[:, 0])
+        images = normalize(images, self.mean, self.std)
+        if augment.erasing:
+            images = random_erasing(images, keys[:, 1], augment.erasing)
+        targets = soft_targets(batch["label"], self.model.classes, augment.smoothing)
+        if augment.mixup or augment.cutmix:
+            groups = jnp.arange(images.shape[0] // augment.mix_group, dtype=jnp.int32)
+            images, targets = mix(
+                images,
+                targets,
+                example_keys(self.key(MIX), step, groups),
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                probability=augment.mix_probability,
+                switch_probability=augment.mix_switch,
+                group=augment.mix_group,
+            )
+        rows = batch_sharding(self.mesh)
+        images, targets = jax.lax.with_sharding_constraint((images, targets), rows)
+        return images, targets, keys[:, 2]
+
+    def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        """One update on batch["image"] [B, H, W, C] uint8 and batch["label"] [B] int32."""
+        images, targets, keys = self.augmented(batch, state.step)
+        frozen = gather_params(state.frozen, self.mesh, self.encoder.dtype)
+
+        def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
+            params = gather_params(params, self.mesh, self.encoder.dtype)
+            path_scale = None
+            if self.drop_path:
+                path_scale = drop_path_scale(examples["key"], self.encoder.depth, self.drop_path)
+            variables = {"params": merge(params, frozen)}
+            logits = self.model.apply(variables, examples["image"], path_scale)  # [B, classes]
+            return optax.softmax_cross_entropy(logits, examples["target"]).mean(), {}
+
+        examples = {"image": images, "target": targets, "key": keys}
+        grads, metrics = gradients(loss_fn, state.params, examples, self.accumulate)
+        grads = jax.lax.with_sharding_constraint(grads, state_sharding(grads, self.mesh))
+        metrics["grad_norm"] = optimizers.global_norm(grads)
+        metrics["lr"] = self.schedule(state.step)
+        return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
+
+    def logits(self, state: TrainState, images: jax.Array) -> jax.Array:
+        """Logits [B, classes] float32 of images [B, H, W, C] uint8."""
+        params = gather_params(state.weights, self.mesh, self.encoder.dtype)
+        return self.model.apply({"params": params}, normalize(images, self.mean, self.std))
+
+    def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
+        """Summed loss, top-1 and top-5 hits, and count."""
+        del index  # nothing is random
+        return classification_sums(
+            self.logits(state, batch["image"]), batch["label"], batch["weight"]
+        )
+
+    def probabilities(self, state: TrainState, images: jax.Array) -> jax.Array:
+        """Softmax over classes [B, classes] of images [B, H, W, C] uint8."""
+        return jax.nn.softmax(self.logits(state, images))
+
+    @property
+    def description(self) -> Description:
+        """The model as other libraries need to know it."""
+        return dataclasses.replace(
+            super().description, pool=self.model.pool, classes=self.model.classes
+        )
+
+    def actions(
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+    ) -> list[Action]:
+        """Pictures: what training images look like, once; predictions at intervals."""
+        images, labels = data.eval_examples(config.pictures.count)
+        names = data.train.class_names
+        Augmentations(self, data, workdir / "augmentations.png").draw()
+        predictions = Predictions(self, images, labels, names, workdir / "predictions")
+        return [Action(config.pictures.every, predictions)]
+
+    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+        """Writes the classifier of a host-side `state` for others to load, with a card."""
+        export_encoder(state.weights, directory, self.description, facts)
+
+
+def classification_sums(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> Metrics:
+    """Summed cross entropy, top-1 and top-5 hits and count of examples, each times its weight.
+
+    Of classes that score the same the first counts as higher, as for `argmax`; where a score is
+    NaN nothing is a hit.
+
+    Args:
+      logits: [B, K] float32.
+      labels: [B] int32.
+      weight: [B], 0 for padding.
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [B]
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
+    first = jnp.arange(logits.shape[1]) < labels[:, None]  # [B, K]
+    rank = (~(logits <= own) | ((logits == own) & first)).sum(axis=1)  # [B], 0 = best
+    return {
+        "loss": (loss * weight).sum(),
+        "top1": ((rank < 1) * weight).sum(),
+        "top5": ((rank < 5) * weight).sum(),
+        "weight": weight.sum(),
+    }

@@ -1,0 +1,188 @@
+"""Linear probing: a linear classifier on features of the frozen encoder.
+
+Paper appendix A.1 and table 10; mae.md 2.6.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax.data.preprocess import example_keys, normalize, random_flip
+from mae_jax.distributed.sharding import gather_params
+from mae_jax.interop.export import export_encoder
+from mae_jax.models import flops
+from mae_jax.models.classifier import BATCH_NORM_EPS, absorb_batch_norm, pool_tokens
+from mae_jax.tasks.base import INIT, TRAIN, Task, create_encoder
+from mae_jax.tasks.feature_cache import CachedFeatures
+from mae_jax.tasks.finetune import classification_sums
+from mae_jax.tasks.splits import Splits
+from mae_jax.train import optimizers
+from mae_jax.train.loop import Action
+from mae_jax.train.metrics import MetricsWriter
+from mae_jax.train.state import (
+    Metrics,
+    TrainState,
+    apply_gradients,
+    create_state,
+    gradients,
+    in_parts,
+)
+
+BATCH_NORM_MOMENTUM = 0.1  # as PyTorch counts it: the share of the new statistics
+
+
+class LinearProbe(Task):
+    """Batch norm without affine and a linear layer on frozen features.
+
+    Where nothing random is asked of the pixels (`data.crop` centre, `data.flip` off), the features
+    are computed once and kept, and steps take them in place of images.
+
+    Args:
+      config: a validated config.
+      examples: size of the training split; sets the length of epochs.
+      classes: of the data set.
+      mesh: where steps run.
+    """
+
+    def __init__(self, config: ConfigDict, examples: int, classes: int, mesh: Mesh):
+        super().__init__(config, examples, create_encoder(config), mesh)
+        self.classes = classes
+        self.pool = config.head.pool
+        self.init_std = config.head.init_std
+        self.norm_group = config.head.norm_group or config.batch_size
+        self.cached = config.data.crop == "centre" and not config.data.flip
+        self.optimizer = optimizers.lars(
+            self.schedule,
+            momentum=config.optim.momentum,
+            trust=config.optim.trust,
+            weight_decay=config.optim.weight_decay,
+        )
+
+    @property
+    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape (without the batch axis) and type of what a step takes."""
+        if not self.cached:
+            return super().batch_arrays
+        return {"feature": ((self.encoder.width,), np.float32), "label": ((), np.int32)}
+
+    @property
+    def train_flops_per_image(self) -> int:
+        """Matrix-multiply FLOPs of one training step per image."""
+        head = self.encoder.width * self.classes
+        encoder = 0 if self.cached else flops.encoder_forward_macs(self.encoder)
+        return flops.train_flops(encoder + head, head)
+
+    def init(self) -> TrainState:
+        """The state at step 0, a function of the seed alone."""
+        width = self.encoder.width
+        encoder_key, head_key = jax.random.split(self.key(INIT))
+        images = jnp.zeros((1, *self.image_shape))
+        head = {
+            "kernel": self.init_std * jax.random.normal(head_key, (width, self.classes)),
+            "bias": jnp.zeros(self.classes),
+        }
+        return create_state(
+            {"head": head},
+            self.optimizer,
+            keep_ema=False,
+            frozen={"encoder": self.encoder.init(encoder_key, images)["params"]},
+            statistics={"mean": jnp.zeros(width), "var": jnp.ones(width)},
+        )
+
+    def features(self, frozen: Any, images: jax.Array) -> jax.Array:
+        """What the head sees of images [B, H, W, C] uint8, before batch norm: [B, D] float32."""
+        params = gather_params(frozen["encoder"], self.mesh, self.encoder.dtype)
+        tokens = self.encoder.apply({"params": params}, normalize(images, self.mean, self.std))
+        return pool_tokens(tokens, self.pool)
+
+    def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        """One update on batch["image"] [B, H, W, C] uint8 (or "feature") and batch["label"] [B].
+
+        The encoder runs in `optim.accumulate` parts; batch norm and the head see the whole batch.
+        """
+        if self.cached:
+            x = batch["feature"]
+        else:
+            images = batch["image"]
+            keys = example_keys(self.key(TRAIN), state.step, self.positions(images.shape[0]))
+            images = random_flip(images, keys) if self.flip else images
+            x = in_parts(lambda part: self.features(state.frozen, part), images, self.accumulate)
+        x, statistics = self.normalise_groups(x, state.statistics)
+
+        def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
+            logits = examples["x"] @ params["head"]["kernel"] + params["head"]["bias"]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
+            return losses.mean(), {}
+
+        examples = {"x": x, "label": batch["label"]}
+        grads, metrics = gradients(loss_fn, state.params, examples, parts=1)
+        metrics["grad_norm"] = optimizers.global_norm(grads)
+        metrics["lr"] = self.schedule(state.step)
+        state = apply_gradients(state, grads, self.optimizer, self.ema_decay)
+        return state.replace(statistics=statistics), metrics
+
+    def normalise_groups(self, x: jax.Array, running: dict) -> tuple[jax.Array, dict]:
+        """Batch norm in training, over groups of neighbours in the global batch.
+
+        The running variance is the unbiased one, as in PyTorch; running statistics move to the
+        mean over groups, where the reference keeps those of its first GPU.
+
+        Args:
+          x: [B, D] float32.
+          running: "mean" [D] and "var" [D].
+
+        Returns:
+          [B, D], and the new running statistics.
+        """
+        size = self.norm_group
+        groups = x.reshape(-1, size, x.shape[1])  # [G, g, D]
+        mean = groups.mean(axis=1, keepdims=True)
+        var = jnp.square(groups - mean).mean(axis=1, keepdims=True)
+        normalised = (groups - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS)
+        new = {"mean": mean.mean(axis=(0, 1)), "var": var.mean(axis=(0, 1)) * size / (size - 1)}
+        moved = jax.tree.map(lambda old, now: old + BATCH_NORM_MOMENTUM * (now - old), running, new)
+        return normalised.reshape(x.shape), moved
+
+    def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
+        """Summed loss, top-1 and top-5 hits, and count."""
+        del index  # nothing is random
+        x = batch["feature"] if self.cached else self.features(state.frozen, batch["image"])
+        head = absorb_batch_norm(state.params["head"], state.statistics)
+        logits = x @ head["kernel"] + head["bias"]
+        return classification_sums(logits, batch["label"], batch["weight"])
+
+    def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
+        """Where batches come from: the pixels, or features computed once from them."""
+        if not self.cached:
+            return data
+        return CachedFeatures(self, data, state.frozen, workdir / "features")
+
+    def actions(
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+    ) -> list[Action]:
+        """Nothing beside evaluating and saving."""
+        return []
+
+    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+        """Writes encoder and head of a host-side `state` as one classifier, with a card.
+
+        Batch norm is absorbed into the head. There is a place for such a head on the class token
+        only; with mean pooling the encoder is written alone.
+        """
+        weights, description = state.weights, self.description
+        if self.pool == "cls":
+            head = absorb_batch_norm(state.params["head"], state.statistics)
+            weights = {**weights, "head": jax.tree.map(np.asarray, head)}
+            description = dataclasses.replace(description, pool="cls", classes=self.classes)
+        else:
+            weights = {"encoder": weights["encoder"]}
+            logging.info("no library has a head on mean tokens of this kind: encoder exported only")
+        export_encoder(weights, directory, description, facts)

@@ -1,0 +1,115 @@
+"""Pictures a run leaves in its workdir."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mae_jax import visualize
+from mae_jax.data.preprocess import denormalize
+from mae_jax.distributed.mesh import global_batch, local_positions, replicate, replicated
+from mae_jax.train.state import TrainState
+
+
+class Reconstructions:
+    """Draws what a masked autoencoder makes of a few fixed images.
+
+    Args:
+      task: `Pretrain`.
+      images: [B, H, W, C] uint8.
+      directory: receives `step_NNNNNNNN.png`.
+    """
+
+    def __init__(self, task: Any, images: np.ndarray, directory: pathlib.Path):
+        self._task = task
+        self._images = images
+        self._directory = directory
+        self._reconstruct = jax.jit(task.reconstruct, out_shardings=replicated(task.mesh))
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Writes the picture of `step`."""
+        predictions, mask = self._reconstruct(state, replicate(self._images, self._task.mesh))
+        if jax.process_index() != 0:
+            return
+        sheet = visualize.reconstruction_grid(
+            self._images,
+            np.asarray(predictions),
+            np.asarray(mask),
+            patch_size=self._task.encoder.patch_size,
+            target=self._task.model.target,
+            mean=self._task.mean,
+            std=self._task.std,
+        )
+        visualize.save_png(sheet, self._directory / f"step_{step:08d}.png")
+
+
+class Predictions:
+    """Draws a few fixed images with what a classifier takes them for.
+
+    Args:
+      task: `Finetune`.
+      images: [B, H, W, C] uint8, with labels [B].
+      class_names: of the data set; None shows numbers.
+      directory: receives `step_NNNNNNNN.png`.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_names: Sequence[str] | None,
+        directory: pathlib.Path,
+    ):
+        self._mesh = task.mesh
+        self._images = images
+        self._labels = labels
+        self._names = class_names
+        self._directory = directory
+        self._probabilities = jax.jit(task.probabilities, out_shardings=replicated(task.mesh))
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Writes the picture of `step`."""
+        probabilities = self._probabilities(state, replicate(self._images, self._mesh))
+        if jax.process_index() != 0:
+            return
+        sheet = visualize.prediction_grid(
+            self._images, self._labels, np.asarray(probabilities), self._names
+        )
+        visualize.save_png(sheet, self._directory / f"step_{step:08d}.png")
+
+
+class Augmentations:
+    """Draws training images as the model sees them: cropped, augmented, erased, mixed.
+
+    Args:
+      task: `Finetune`.
+      data: `Splits`.
+      path: of the PNG.
+    """
+
+    COUNT = 32
+
+    def __init__(self, task: Any, data: Any, path: pathlib.Path):
+        self._task = task
+        self._data = data
+        self._path = path
+
+    def draw(self) -> None:
+        """Writes the picture: the first images of the batch of step 0."""
+        task = self._task
+        positions = local_positions(task.batch_size, task.mesh)
+        with self._data.train_batches(positions, 0, 1) as batches:
+            batch = next(batches)
+        arrays = {name: batch[name] for name in task.batch_arrays}
+        arrays = global_batch(arrays, positions, task.batch_size, task.mesh)
+
+        def first_images(batch: dict) -> jax.Array:
+            images, _, _ = task.augmented(batch, 0)
+            return denormalize(images[: self.COUNT], task.mean, task.std)
+
+        images = jax.jit(first_images, out_shardings=replicated(task.mesh))(arrays)
+        if jax.process_index() == 0:
+            visualize.save_png(visualize.image_grid(np.asarray(images)), self._path)

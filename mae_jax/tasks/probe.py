@@ -1,0 +1,232 @@
+"""A probe of the encoder while it pretrains: closed form, beside that of the untrained encoder."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from mae_jax.config import ConfigError, image_size
+from mae_jax.data import pipeline
+from mae_jax.data.record import DecodeError, Record, Source
+from mae_jax.data.sources import open_source
+from mae_jax.data.transforms import EvalTransform
+from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
+from mae_jax.distributed.sharding import abstract_state, shardings_of
+from mae_jax.models.classifier import pool_tokens
+from mae_jax.train.metrics import MetricsWriter
+from mae_jax.train.probes import knn_accuracy, ridge_probe
+from mae_jax.train.state import TrainState
+
+# Decoded pictures that take no more than this in a process are kept between probes (5,000 of
+# 224 px take 0.75 GB); more are decoded again each time.
+CACHE_BYTES = 2**30
+LABELS_READ_AT_START = 64  # of each part
+
+
+class Probe:
+    """Measures the encoder by `train.probes.ridge_probe` on fixed, labelled examples.
+
+    Writes ``probe/top1``, ``probe/top1_untrained`` (the same probe on the encoder this run's seed
+    initialises, computed at the first call, whatever the run started or resumed from),
+    ``probe/knn`` where `probe.neighbours` > 0, ``probe/train_examples``, ``probe/eval_examples``
+    and ``probe/classes``. Accuracies are fractions. Every process must call it.
+
+    Args:
+      config: its `probe.*` fields say where and how; an empty one takes the field of `data`.
+      task: gives `mesh`, `image_shape`, `eval_batch_size`, `init() -> TrainState` and
+        `encode(params, images [B, H, W, C] uint8) -> [B, 1 + L, D]`.
+
+    Raises:
+      ConfigError: data that is not there or unlabelled, or splits whose classes differ.
+    """
+
+    def __init__(self, config: ConfigDict, task: Any, writer: MetricsWriter):
+        self._writer = writer
+        self._mesh = mesh = task.mesh
+        self._neighbours = config.probe.neighbours
+        self._train = _select(config, "train_split", config.probe.train_examples)
+        self._eval = _select(config, "eval_split", config.probe.eval_examples)
+        self.classes = _classes(self._train.source, self._eval.source)
+        for part in (self._train, self._eval):
+            part.check_labels(self.classes)
+        self._transform = EvalTransform(
+            size=image_size(config),
+            channels=config.model.channels,
+            crop_ratio=config.data.eval_crop or None,
+        )
+        # Smaller than an evaluation batch where a part has fewer examples: padding is encoded too.
+        most = max(len(self._train), len(self._eval))
+        self._batch_size = min(task.eval_batch_size, -(-most // mesh.size) * mesh.size)
+        self._positions = local_positions(self._batch_size, mesh)
+        self._loading = {
+            "bad_records": config.data.bad_records,
+            "classes": self.classes,
+            "threads": config.data.threads,
+            "prefetch": config.data.prefetch,
+        }
+        rows = -(-len(self._train) // self._batch_size) + -(-len(self._eval) // self._batch_size)
+        rows *= len(self._positions)
+        self._keep = rows * int(np.prod(task.image_shape)) <= CACHE_BYTES
+        self._kept: dict[str, list[dict[str, np.ndarray]]] = {}
+        self._untrained: float | None = None
+
+        def initial_params() -> Any:
+            return task.init().best_params
+
+        def encode(params: Any, batch: dict) -> dict:
+            features = pool_tokens(task.encode(params, batch["image"]), config.probe.pool)
+            return {"feature": features, "label": batch["label"], "weight": batch["weight"]}
+
+        shardings = shardings_of(abstract_state(initial_params, mesh))
+        self._initial_params = jax.jit(initial_params, out_shardings=shardings)
+        # Replicated: every process gets all rows, of which it has decoded its own.
+        self._encode = jax.jit(
+            encode,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Probes the best parameters of `state` and writes the metrics of `step`."""
+        start = time.perf_counter()
+        if self._untrained is None:
+            self._untrained = self._ridge(self._features(self._initial_params()))
+        features = self._features(state.best_params)
+        (_, labels), (_, eval_labels) = features
+        scalars = {
+            "probe/top1": self._ridge(features),
+            "probe/top1_untrained": self._untrained,
+            "probe/train_examples": len(labels),
+            "probe/eval_examples": len(eval_labels),
+            "probe/classes": self.classes,
+        }
+        if self._neighbours:
+            (x, y), (x_eval, y_eval) = features
+            scalars["probe/knn"] = knn_accuracy(
+                x, y, x_eval, y_eval, self.classes, k=self._neighbours
+            )
+        self._writer.write(step, scalars)
+        logging.info(
+            "step %d: probe top1 %.4f, untrained %.4f%s  (%d classes, %d + %d images, %.0f s)",
+            step,
+            scalars["probe/top1"],
+            self._untrained,
+            f", knn {scalars['probe/knn']:.4f}" if self._neighbours else "",
+            self.classes,
+            len(labels),
+            len(eval_labels),
+            time.perf_counter() - start,
+        )
+
+    def _ridge(self, features: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        (x, y), (x_eval, y_eval) = features
+        return ridge_probe(x, y, x_eval, y_eval, self.classes)
+
+    def _features(self, params: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Features [N, D] and labels [N] of the training and of the evaluation part."""
+        return [self._features_of(part, params) for part in (self._train, self._eval)]
+
+    def _features_of(self, part: "_Part", params: Any) -> tuple[np.ndarray, np.ndarray]:
+        done, previous = [], None
+        with self._batches(part) as batches:
+            for batch in batches:
+                batch = global_batch(batch, self._positions, self._batch_size, self._mesh)
+                current = self._encode(params, batch)
+                # One batch late: the device works while the host decodes.
+                if previous is not None:
+                    done.append(jax.device_get(previous))
+                previous = current
+        done.append(jax.device_get(previous))
+        whole = {name: np.concatenate([b[name] for b in done]) for name in done[0]}
+        real = whole["weight"] > 0  # neither padding nor skipped
+        labels = whole["label"][real]
+        if not len(labels):
+            raise ValueError(f"the probe found no picture it can decode in {part.source.name}")
+        return whole["feature"][real], labels
+
+    @contextlib.contextmanager
+    def _batches(self, part: "_Part") -> Iterator[Any]:
+        """This process's rows: image [b, H, W, C] uint8, label [b] int32, weight [b] float32."""
+        if part.field in self._kept:
+            yield self._kept[part.field]
+            return
+        loading = pipeline.eval_batches(
+            part,
+            self._transform,
+            batch_size=self._batch_size,
+            positions=self._positions,
+            **self._loading,
+        )
+        with loading as batches:
+            if self._keep:
+                self._kept[part.field] = batches = list(batches)
+            yield batches
+
+
+class _Part:
+    """`count` records of a split, spread over it: the first ones of its shuffled order."""
+
+    def __init__(self, source: Source, field: str, count: int, seed: int):
+        n = len(source)
+        self.source, self.field = source, field
+        self.name, self.split = source.name, source.split
+        chosen = (pipeline.example_index(seed, g, n) for g in range(min(count, n)))
+        self._indices = sorted(chosen)  # files are read from front to back
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._indices[index]]
+
+    def check_labels(self, classes: int) -> None:
+        """Raises ConfigError where one of a few records, spread over the part, has no class."""
+        for index in range(0, len(self), -(-len(self) // LABELS_READ_AT_START)):
+            try:
+                record = self[index]
+            except DecodeError:
+                continue  # met again when its picture is wanted, and dealt with there
+            if not 0 <= record.label < classes:
+                raise ConfigError(
+                    f"probe.{self.field}: {record.name} has the label {record.label}, which is "
+                    f"none of {classes} classes; give a split with labels, or probe.every = 0"
+                )
+
+
+def _select(config: ConfigDict, field: str, count: int) -> _Part:
+    name, directory, split = (
+        config.probe[key] or config.data[key] for key in ("name", "dir", field)
+    )
+    try:
+        source = open_source(name, directory or None, split)
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(
+            f"probe.{field}, {split!r} of {name!r} (empty probe fields take those of data): {error}"
+        ) from error
+    return _Part(source, field, count, config.seed)
+
+
+def _classes(train: Source, evaluation: Source) -> int:
+    """The number of classes, the same in both splits."""
+    for source in (train, evaluation):
+        if source.num_classes is None:
+            raise ConfigError(
+                f"probe.name: {source.name}, split {source.split}, has no labels, and a probe "
+                "needs them: name a labelled data set there, or set probe.every = 0"
+            )
+    if train.num_classes != evaluation.num_classes or train.class_names != evaluation.class_names:
+        raise ConfigError(
+            f"probe.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
+            f"{train.split} has {train.num_classes}, or their names differ; labels would not mean "
+            "the same"
+        )
+    if train.num_classes < 2:
+        raise ConfigError(
+            f"probe.name: {train.name} has {train.num_classes} class; a probe tells classes apart"
+        )
+    return train.num_classes

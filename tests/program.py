@@ -1,0 +1,93 @@
+"""The program as a process, for tests that run it as people do."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from mae_jax.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+TFDS = ROOT.parent / "shared" / "tfds"
+
+TINY = {
+    "batch_size": 16,
+    "steps": 12,
+    "log_every": 1,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.image_size": 32,
+    "decoder.width": 16,
+    "decoder.depth": 1,
+    "decoder.heads": 2,
+    "optim.warmup_steps": 2,
+    "checkpoint.every": 4,
+    "eval.batches": 1,
+    "eval.every": 0,
+    "pictures.every": 0,
+    "pictures.count": 2,
+    "data.threads": 1,
+}
+
+
+def command(workdir, config="configs/quickstart.py", **fields):
+    values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
+    return [
+        *(sys.executable, "-m", "mae_jax.main", f"--config={ROOT / config}"),
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
+
+
+def environment(devices=1):
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+
+
+def run(workdir, devices=1, config="configs/quickstart.py", **fields):
+    return subprocess.run(
+        command(workdir, config, **fields),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+
+
+def losses(workdir):
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def progress(workdir):
+    """Newest step on disk, complete or being written."""
+    checkpoints = workdir / "checkpoints"
+    names = [p.name.split(".")[0] for p in checkpoints.iterdir()] if checkpoints.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
+def kill_at_random_moments(command, workdir, kills, seed=0):
+    """Starts `command` so many times and kills it soon after a new step; returns the kills."""
+    rng = random.Random(seed)
+    killed = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+        )
+        # Let it train or save for a random while after it made its first new step.
+        before = progress(workdir)
+        deadline = time.time() + 120
+        while progress(workdir) <= before and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    return killed

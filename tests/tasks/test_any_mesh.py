@@ -1,0 +1,39 @@
+"""What a step computes does not depend on the devices it runs on."""
+
+import jax
+import numpy as np
+import pytest
+from task_runs import assert_close, run_steps
+
+LAYOUTS = [(8, 8, 1, 1), (8, 1, 8, 1), (8, 2, 4, 1), (4, 2, 2, 2)]
+
+
+@pytest.mark.parametrize(("devices", "data", "fsdp", "accumulate"), LAYOUTS)
+def test_pretraining(tiny_config, devices, data, fsdp, accumulate):
+    compare(tiny_config, devices, data, fsdp, accumulate)
+
+
+@pytest.mark.parametrize(("devices", "data", "fsdp", "accumulate"), LAYOUTS)
+def test_fine_tuning_with_every_augmentation(supervised_config, devices, data, fsdp, accumulate):
+    compare(supervised_config("finetune", optim__ema=0.9), devices, data, fsdp, accumulate)
+
+
+@pytest.mark.parametrize(("devices", "data", "fsdp", "accumulate"), LAYOUTS[1:])
+def test_partial_fine_tuning(supervised_config, devices, data, fsdp, accumulate):
+    config = supervised_config("finetune", trainable_blocks=0.5)
+    compare(config, devices, data, fsdp, accumulate)
+
+
+@pytest.mark.parametrize(("devices", "data", "fsdp", "accumulate"), LAYOUTS[1:])
+def test_linear_probing(supervised_config, devices, data, fsdp, accumulate):
+    compare(supervised_config("linear_probe"), devices, data, fsdp, accumulate)
+
+
+def compare(config, devices, data, fsdp, accumulate):
+    expected, state = run_steps(config)
+    config.optim.accumulate = accumulate
+    losses, other = run_steps(config, devices, data, fsdp)
+    assert losses[0] != losses[-1]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_close(jax.device_get(state.weights), jax.device_get(other.weights))
+    assert_close(jax.device_get(state.statistics), jax.device_get(other.statistics))
