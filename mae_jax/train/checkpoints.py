@@ -121,11 +121,12 @@ class Checkpoints:
         A damaged checkpoint is reported, renamed to `damaged-STEP` and passed over.
 
         Raises:
-          CheckpointError: there are checkpoints and none is whole.
+          CheckpointError: there are checkpoints and none is whole, or one is whole but does not
+            hold the tensors of `abstract_state`.
         """
         steps = self.steps()
         for step in reversed(steps):
-            state, record, problem = None, None, None
+            state, record, tree, problem = None, None, None, None
             try:
                 record = self.read_record(step)
             except Exception as error:  # Orbax and TensorStore raise many types for bad files.
@@ -133,7 +134,13 @@ class Checkpoints:
             if record is not None:
                 check(record)
                 try:
-                    state = self._restore_state(step, abstract_state, record["fingerprint"])
+                    tree = self._saved_tree(step)
+                except Exception as error:
+                    problem = _first_line(error)
+            if problem is None:
+                self._check_tensors(step, tree, abstract_state)
+                try:
+                    state = self._restore_state(step, tree, abstract_state, record["fingerprint"])
                 except Exception as error:
                     problem = _first_line(error)
             if _none_in_any_process(problem):
@@ -152,21 +159,42 @@ class Checkpoints:
             )
         return None
 
-    def _restore_state(self, step: int, abstract_state: Any, expected: list[int]) -> Any:
+    def _saved_tree(self, step: int) -> Any:
+        """What the checkpoint says it holds: nested dicts and lists, a leaf for every tensor."""
+        path = self.directory / str(step) / "state"
+        return ocp.StandardCheckpointHandler().metadata(path).tree
+
+    def _check_tensors(self, step: int, saved: Any, abstract_state: Any) -> None:
+        found, wanted = set(_by_path(saved)), set(_by_path(abstract_state))
+        if found != wanted:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} is whole but not of this program: "
+                f"{_some(wanted - found, 'missing')}, {_some(found - wanted, 'unexpected')}. "
+                "Continue it with the version that wrote it (its record names it), or start again "
+                "with a new workdir."
+            )
+
+    def _restore_state(
+        self, step: int, saved: Any, abstract_state: Any, expected: list[int]
+    ) -> Any:
+        # Asked for in the tree that was saved: an absent part (None) need not be in both.
+        wanted = _by_path(abstract_state)
+        request = jax.tree_util.tree_map_with_path(lambda path, _: wanted[_name(path)], saved)
         restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(request))
         )
-        state = restored["state"]
+        tensors = _by_path(restored["state"])
+        state = jax.tree_util.tree_map_with_path(
+            lambda path, _: tensors[_name(path)], abstract_state
+        )
         found = np.asarray(jax.device_get(fingerprint(state)))
         expected = np.asarray(expected, np.uint32)
         if found.shape != expected.shape:
             raise CheckpointError(f"{len(expected)} tensors recorded, {len(found)} restored")
         damaged = np.flatnonzero(found != expected)
         if damaged.size:
-            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-            name = jax.tree_util.keystr(paths[damaged[0]], simple=True, separator="/")
-            raise CheckpointError(f"{damaged.size} tensor(s) changed on disk, first {name}")
+            first = list(_by_path(state))[damaged[0]]
+            raise CheckpointError(f"{damaged.size} tensor(s) changed on disk, first {first}")
         return state
 
     def _set_aside(self, step: int) -> None:
@@ -181,6 +209,19 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._manager = self._open()
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _some(names: set[str], what: str) -> str:
+    first = f" ({sorted(names)[0]}, ...)" if names else ""
+    return f"{len(names)} tensors {what}{first}"
 
 
 def _none_in_any_process(problem: str | None) -> bool:
