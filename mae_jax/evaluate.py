@@ -16,7 +16,8 @@ times the validation set, scored by the mean corruption error, mCE). TFDS makes 
 itself, with other random numbers than the published files. `--corruptions=fog,snow` runs some of
 them, which gives no mCE.
 
-`--output` is written after every data set; the same command continues it after an interruption.
+`--output` is written after every data set; the same command continues it after an interruption, and
+shows it again when all is done.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
 from mae_jax.interop import arguments
 from mae_jax.interop.build import classify_function, model_params
-from mae_jax.interop.checkpoint import Checkpoint, open_checkpoint
+from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.files import read_json, write_atomically
 from mae_jax.robustness import (
     ALEXNET_ERRORS,
@@ -127,13 +128,6 @@ class Scorer:
         chosen = np.arange(classes, dtype=np.int32)
         if subset:
             chosen = occurring_classes(source, classes)
-        totals = dict.fromkeys(("loss", "top1", "top5", "weight"), 0.0)
-
-        def add(sums: dict[str, jax.Array]) -> None:
-            for name in totals:
-                totals[name] += float(sums[name])
-            progress.update(int(sums["weight"]))
-
         batches = eval_batches(
             source,
             self._transform,
@@ -147,6 +141,13 @@ class Scorer:
             desc=source.name,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
+        totals = dict.fromkeys(("loss", "top1", "top5", "weight"), 0.0)
+
+        def add(sums: dict[str, jax.Array]) -> None:
+            for name in totals:
+                totals[name] += float(sums[name])
+            progress.update(int(sums["weight"]))
+
         running = None  # a batch is decoded while the one before it is computed
         with batches, progress:
             for batch in batches:
@@ -191,38 +192,55 @@ def evaluate(
     """
     if len(benchmark.data) > 1 and data_dir:
         require_present(benchmark.data, data_dir)
-    first = open_source(benchmark.data[0], data_dir, benchmark.split)
-    checkpoint = open_checkpoint(weights, **(known or {}))
+    source = open_source(benchmark.data[0], data_dir, benchmark.split)  # before work is done
+    checkpoint = arguments.open_weights(weights, known)
     crop = crop or benchmark.crop
     scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
-    scorer.check(first)
     settings = {
         **dataclasses.asdict(benchmark),
         "data": list(benchmark.data),
+        "data_dir": data_dir and str(pathlib.Path(data_dir).expanduser().resolve()),
         "crop": crop,
         "dtype": dtype,
         "weights": checkpoint.digest(),
+        "model": str(checkpoint.description),
     }
     result: dict[str, Any] = {
         "weights": checkpoint.source,
         "notes": list(checkpoint.notes),
         "settings": settings,
-        "sets": {},
+        "sets": _sets_done(output, settings),
     }
-    if output and pathlib.Path(output).is_file():
-        old = read_json(output)
-        if old.get("settings") == settings and "markdown" not in old:  # it was interrupted
-            result["sets"] = old["sets"]
+    _write(output, result)  # a file that cannot be written is noticed now
     for name in benchmark.data:
         if name in result["sets"]:
             continue
-        source = open_source(name, data_dir, benchmark.split)
+        if name != benchmark.data[0]:
+            source = open_source(name, data_dir, benchmark.split)
         scorer.check(source)
         result["sets"][name] = scorer(source, subset=benchmark.subset)
         _write(output, result)
     result |= _summary(checkpoint.source, benchmark, result["sets"])
     _write(output, result)
     return result
+
+
+def _sets_done(output: str, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Scores of the data sets that are in the file already."""
+    if not (output and pathlib.Path(output).is_file()):
+        return {}
+    old = read_json(output)
+    there = old.get("settings", {})
+    if differing := [name for name in settings if there.get(name) != settings[name]]:
+        raise EvaluationError(
+            f"--output={output}: the file holds another evaluation (other {', '.join(differing)}); "
+            "delete it, or choose another"
+        )
+    print(
+        f"{output} holds {len(old['sets'])} of {len(settings['data'])} data set(s) already",
+        file=sys.stderr,
+    )
+    return old["sets"]
 
 
 def _write(output: str, result: dict[str, Any]) -> None:
@@ -326,8 +344,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {args.output}" if args.output else json.dumps(result, indent=2))
     print(f"{HEADER}\n{result['markdown']}")
+    if errors := result.get("corruption_errors"):
+        print("corruption errors: " + ", ".join(f"{name} {e:.1f}" for name, e in errors.items()))
+    if args.output:
+        print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

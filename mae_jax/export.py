@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mae_jax.interop import arguments, export, serving
-from mae_jax.interop.checkpoint import open_checkpoint
 
 _EXPORTERS: dict[str, export.Exporter] = {
     "timm": export.export_encoder,
@@ -45,7 +44,7 @@ def run(
     directory = pathlib.Path(output)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"--output={output}: exists and is not empty; choose another folder")
-    checkpoint = open_checkpoint(source, **(known or {}))
+    checkpoint = arguments.open_weights(source, known)
     facts = dict(checkpoint.facts)
     if licence:
         facts["licence"] = licence

@@ -5,9 +5,10 @@
 `--weights` is a workdir or weights in any format that is read. The result holds `names` [N] (paths
 below the folder, sorted) and one float32 array per `--kind`: `cls` [N, D], `mean` [N, D] over the
 patches, `tokens` [N, 1 + L, D], of a classifier `logits` [N, K]. They have passed the final norm.
-Weights fine-tuned on the mean token have none: there `mean` has passed the norm before the head,
-`cls` and `tokens` are as the last block leaves them. Batches run over all devices of this machine.
-Work in progress is kept in `OUTPUT.parts/`; the same command continues there after an interruption.
+Weights fine-tuned on the mean token have none: there `mean`, then the default, has passed the norm
+before the head, `cls` and `tokens` are as the last block leaves them. Batches run over all devices
+of this machine. Work in progress is kept in `OUTPUT.parts/`; the same command continues there after
+an interruption.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import concurrent.futures
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -34,7 +36,6 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
 from mae_jax.interop import arguments
 from mae_jax.interop.build import features_function, model_params
-from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.files import write_atomically
 
 KINDS = ("cls", "mean", "tokens", "logits")
@@ -70,7 +71,7 @@ def extract(
     images: str,
     output: str,
     *,
-    kinds: tuple[str, ...] = ("cls",),
+    kinds: tuple[str, ...] = (),
     block: int = 0,
     batch_size: int = 64,
     dtype: str = "float32",
@@ -79,6 +80,8 @@ def extract(
     """Writes `output`; see the module's docstring.
 
     Args:
+      kinds: of `KINDS`; empty for the token a head reads, `cls` where there is none.
+      batch_size: pictures at once; rounded up to a multiple of the devices.
       known: see `open_checkpoint`.
 
     Raises:
@@ -91,11 +94,13 @@ def extract(
     if path.suffix != ".npz":
         raise FeaturesError(f"--output={output}: the result is an .npz file")
     mesh = make_mesh()
-    if batch_size < 1 or batch_size % mesh.size:
-        raise FeaturesError(f"--batch_size={batch_size}: not divisible over {mesh.size} device(s)")
+    if batch_size < 1:
+        raise FeaturesError(f"--batch_size={batch_size}: needs at least 1")
+    batch_size = math.ceil(batch_size / mesh.size) * mesh.size
     names = list_images(images)
-    checkpoint = open_checkpoint(weights, **(known or {}))
+    checkpoint = arguments.open_weights(weights, known)
     d = checkpoint.description
+    kinds = kinds or (d.pool or "cls",)
     features = features_function(d, block=block, dtype=jnp.dtype(dtype))
     if "logits" in kinds and not (d.classes and block in (0, d.depth)):
         raise FeaturesError("--kind=logits: needs a classifier, and all of its blocks")
@@ -210,7 +215,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", required=True, help="folder; its sub-folders are searched")
     parser.add_argument("--output", required=True, help="the .npz to write")
     parser.add_argument(
-        "--kind", nargs="+", choices=KINDS, default=["cls"], help="what to keep (default: cls)"
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        help="what to keep (default: cls; mean for weights fine-tuned on the mean token)",
     )
     parser.add_argument(
         "--block",

@@ -1,9 +1,12 @@
-"""Command-line options for what a file of weights does not tell of itself."""
+"""What commands that read weights share: options for what a file does not tell, and its notes."""
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Mapping
 from typing import Any
 
+from mae_jax.interop.checkpoint import Checkpoint, open_checkpoint
 from mae_jax.models.targets import TARGETS
 
 
@@ -49,3 +52,11 @@ def known(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Description` that were given."""
     given = {name: getattr(arguments, name) for name in _OPTIONS}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def open_weights(path: str, known: Mapping[str, Any] | None) -> Checkpoint:
+    """`open_checkpoint`, and what its reader should know of the weights on stderr."""
+    checkpoint = open_checkpoint(path, **(known or {}))
+    for note in checkpoint.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return checkpoint

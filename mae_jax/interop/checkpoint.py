@@ -30,6 +30,7 @@ from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO, sincos_position_table
 _IGNORED = ("pooler.", "vit.pooler.")
 _POSITION_TOLERANCE = 1e-5
 _HF_DEFAULT_EPS = 1e-12
+_TIMM_POOLS = {"avg": "mean", "token": "cls"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,17 @@ class Checkpoint:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def params(self) -> Params:
-        """Our parameter tree; `encoder/pos_embed` is in it where positions were trained."""
+        """Our parameter tree.
+
+        `encoder/pos_embed` is in it where positions were trained, and in classifiers.
+        """
         if self.trained_decoder_positions:
             raise WeightsError(
                 f"{self.source}: the decoder's position table is not the fixed sine-cosine one "
                 "and no model here can hold it"
             )
-        return from_official(self.tensors, keep_positions=self.trained_positions)
+        keep_positions = self.trained_positions or self.description.classes > 0
+        return from_official(self.tensors, keep_positions=keep_positions)
 
     def digest(self) -> str:
         """Identifies the weights by their content, wherever they lie."""
@@ -93,11 +98,12 @@ def open_checkpoint(
     if (path / DESCRIPTION_FILE).is_file() and (path / ORBAX_FOLDER).is_dir():
         description = Description.from_json((path / DESCRIPTION_FILE).read_text())
         params = read_params(path / ORBAX_FOLDER)
-        return _from_params(params, _agree(description, known, path), f"Orbax export {path}", {})
+        description = _agree(description, known, path)
+        return _from_params(params, description, f"Orbax export {path}", [], {})
     if (path / "checkpoints").is_dir():
-        params, description, facts = read_workdir(path)
+        params, description, facts, notes = read_workdir(path)
         where = f"workdir {path}, step {facts['steps']}"
-        return _from_params(params, _agree(description, known, path), where, facts)
+        return _from_params(params, _agree(description, known, path), where, notes, facts)
     if (path / "model.safetensors.index.json").is_file():
         return _from_shards(path, known, fallback)
     files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
@@ -158,7 +164,7 @@ def _from_tensors(
             kind = "Hugging Face"
             notes += more
         else:
-            told = _timm_facts(path.parent)
+            told = _timm_facts(path.parent, has_head="head.weight" in tensors)
             kind = "timm" if told else "official MAE or timm"
         told = told | known
     description = infer(tensors, str(path), fallback, **told)
@@ -166,7 +172,11 @@ def _from_tensors(
 
 
 def _from_params(
-    params: Params, description: Description, source: str, facts: dict[str, Any]
+    params: Params,
+    description: Description,
+    source: str,
+    notes: list[str],
+    facts: dict[str, Any],
 ) -> Checkpoint:
     tensors = to_official(
         params,
@@ -174,7 +184,7 @@ def _from_params(
         patch_size=description.patch_size,
         channels=description.channels,
     )
-    return _check(tensors, description, source, [], facts)
+    return _check(tensors, description, source, notes, facts)
 
 
 def _check(
@@ -262,7 +272,7 @@ def _hugging_face_facts(folder: pathlib.Path) -> tuple[dict[str, Any], list[str]
     return told, notes
 
 
-def _timm_facts(folder: pathlib.Path) -> dict[str, Any]:
+def _timm_facts(folder: pathlib.Path, *, has_head: bool) -> dict[str, Any]:
     """What timm's config.json tells; nothing where there is none."""
     where = folder / "config.json"
     if not where.is_file():
@@ -276,6 +286,9 @@ def _timm_facts(folder: pathlib.Path) -> dict[str, Any]:
         told["image_size"] = tuple(cfg["input_size"][1:])
     if "num_heads" in args:
         told["heads"] = args["num_heads"]
+    pooling = args.get("global_pool", config.get("global_pool"))
+    if has_head and pooling in _TIMM_POOLS:  # told, so that it must agree with the tensors
+        told["pool"] = _TIMM_POOLS[pooling]
     if "mean" in cfg and "std" in cfg:
         told["mean"], told["std"] = tuple(cfg["mean"]), tuple(cfg["std"])
     return told

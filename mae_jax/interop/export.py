@@ -53,12 +53,11 @@ def export_encoder(
     save_safetensors(path, tensors, _without_decoder(d).to_metadata())
     config = json.dumps(timm_config(d), indent=2) + "\n"
     write_atomically(directory / "config.json", config)
-    kind = "classifier" if d.classes else "encoder"
     card = model_card(
         _without_decoder(d),
         facts,
-        content=f"Vision Transformer {kind} trained as a masked autoencoder, in the tensor names "
-        f"of timm and of the official MAE code ({path.name}).",
+        content=f"{_kind(_without_decoder(d))}, under the tensor names of timm and of the official "
+        f"MAE code ({path.name}).",
         how_to_load=(
             "import timm\n\n"
             'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
@@ -75,14 +74,18 @@ def export_official(
     directory = pathlib.Path(directory)
     path = directory / OFFICIAL_FILE
     save_safetensors(path, _official(params, d), d.to_metadata())
+    if d.decoder_depth:
+        model = "models_mae of facebookresearch/mae, with norm_pix_loss as the target below says"
+    else:
+        model = f"models_vit of facebookresearch/mae, with global_pool={d.pool == 'mean'}"
+        model += f" and num_classes={d.classes}"
     card = model_card(
         d,
         facts,
-        content="Masked autoencoder, under the tensor names of the official MAE code "
-        f"({path.name}).",
+        content=f"{_kind(d)}, under the tensor names of the official MAE code ({path.name}).",
         how_to_load=(
             "from safetensors.torch import load_file\n\n"
-            "# models_mae of facebookresearch/mae, with norm_pix_loss as the target below says\n"
+            f"# {model}\n"
             f'model.load_state_dict(load_file("{path.name}"))'
         ),
     )
@@ -122,7 +125,7 @@ def export_hugging_face(
     card = model_card(
         d,
         facts,
-        content=f"Masked autoencoder for Hugging Face transformers 4 and 5, as {architecture}.",
+        content=f"{_kind(d)}, for Hugging Face transformers 4 and 5 as {architecture}.",
         how_to_load=(
             f"from transformers import {architecture}\n\n"
             f'model = {architecture}.from_pretrained("PATH_OF_THIS_FOLDER")'
@@ -146,7 +149,7 @@ def export_orbax(
     card = model_card(
         d,
         facts,
-        content="Masked autoencoder, as a tree of Flax parameters in an Orbax checkpoint.",
+        content=f"{_kind(d)}, as a tree of Flax parameters in an Orbax checkpoint.",
         how_to_load=(
             "import orbax.checkpoint as ocp\n\n"
             'params = ocp.StandardCheckpointer().restore("ABSOLUTE_PATH_OF_THIS_FOLDER/params")'
@@ -204,7 +207,8 @@ def hugging_face_config(d: Description) -> dict[str, Any]:
             "ViTForImageClassification reads the class token after the final norm. Export it "
             "with --format=timm"
         )
-    if d.image_size[0] != d.image_size[1]:
+    height, width = d.image_size
+    if height != width and not d.classes:
         raise WeightsError(
             f"transformers' ViTMAE fails on images that are not square ({d.image_size}). Export "
             "with --format=timm"
@@ -219,7 +223,7 @@ def hugging_face_config(d: Description) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": LAYER_NORM_EPS,  # transformers' own default, 1e-12, gives other numbers
         "qkv_bias": True,
-        "image_size": d.image_size[0],
+        "image_size": height if height == width else [height, width],
         "patch_size": d.patch_size,
         "num_channels": d.channels,
         "torch_dtype": "float32",
@@ -243,6 +247,13 @@ def hugging_face_config(d: Description) -> dict[str, Any]:
         }
     architecture = "ViTMAEForPreTraining" if d.decoder_depth else "ViTMAEModel"
     return {"architectures": [architecture], "model_type": "vit_mae", **config}
+
+
+def _kind(d: Description) -> str:
+    """What a model is, in words."""
+    if d.classes:
+        return "Vision Transformer image classifier"
+    return "Masked autoencoder" if d.decoder_depth else "Encoder of a masked autoencoder"
 
 
 def _official(

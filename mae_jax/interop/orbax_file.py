@@ -27,11 +27,14 @@ def read_params(path: pathlib.Path) -> Params:
     return _read(path, lambda tree: tree)
 
 
-def read_workdir(workdir: pathlib.Path) -> tuple[Params, Description, dict[str, Any]]:
-    """The newest whole checkpoint of a run: parameters, description, facts for a model card.
+def read_workdir(
+    workdir: pathlib.Path,
+) -> tuple[Params, Description, dict[str, Any], list[str]]:
+    """The newest whole checkpoint of a run: parameters, description, facts for a card, notes.
 
     The parameters are the moving average where the run keeps one, with those that were frozen. The
-    batch norm of a linear probe is absorbed into its head.
+    batch norm of a linear probe is absorbed into its head. A head on the mean token expects another
+    norm than the encoder's, so that of a probe on it is left out, and a note says so.
 
     Raises:
       WeightsError: no complete checkpoint, or the newest is damaged.
@@ -54,11 +57,20 @@ def read_workdir(workdir: pathlib.Path) -> tuple[Params, Description, dict[str, 
     averaged = state["ema"] is not None
     params = state["ema"] if averaged else state["params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
-    if state["statistics"] is not None:
-        params = _absorbed(params, state["statistics"], config["head"]["pool"])
+    notes = []
+    if state["statistics"] is not None and config["head"]["pool"] == "cls":
+        head = absorb_batch_norm(params["head"], state["statistics"])
+        params = {**params, "head": jax.tree.map(np.asarray, head)}
+    elif state["statistics"] is not None:
+        params = {"encoder": params["encoder"]}
+        notes.append(
+            "the head of this linear probe reads the mean token, for which there is no model: it "
+            "is left out (a probe with head.pool=cls keeps its head)"
+        )
     facts = {
         "task": config.get("task", "pretrain"),
         "data": config["data"]["name"],
+        "started from": config.get("init_from") or "random weights",
         "images seen": int(state["step"]) * config["batch_size"],
         "steps": int(state["step"]),
         "batch size": config["batch_size"],
@@ -69,18 +81,7 @@ def read_workdir(workdir: pathlib.Path) -> tuple[Params, Description, dict[str, 
         **_last_metrics(workdir / "metrics.jsonl"),
     }
     classes = params["head"]["bias"].shape[0] if "head" in params else 0
-    return params, _describe(config, classes), facts
-
-
-def _absorbed(params: Params, statistics: dict[str, np.ndarray], pool: str) -> Params:
-    """A probed encoder as a classifier without batch norm.
-
-    A head on the mean token expects another norm than the encoder's, so there it is left out.
-    """
-    if pool != "cls":
-        return {"encoder": params["encoder"]}
-    head = absorb_batch_norm(params["head"], statistics)
-    return {**params, "head": jax.tree.map(np.asarray, head)}
+    return params, _describe(config, classes), facts, notes
 
 
 def _describe(config: dict[str, Any], classes: int) -> Description:
@@ -115,16 +116,15 @@ def _describe(config: dict[str, Any], classes: int) -> Description:
 def _read(path: pathlib.Path, choose: Any) -> Any:
     """Restores the chosen part of a tree as numpy arrays."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = choose(checkpointer.metadata(path.absolute()).item_metadata.tree)
-            item = jax.tree.map(lambda leaf: 0, tree)
-            arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return checkpointer.restore(
-                path.absolute(),
-                args=ocp.args.PyTreeRestore(
-                    item=item, restore_args=arguments, partial_restore=True
-                ),
-            )
+        # A checkpointer would look for a file of its own that a part of a step does not have.
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = choose(handler.metadata(path.absolute()).tree)
+        item = jax.tree.map(lambda leaf: 0, tree)
+        arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return handler.restore(
+            path.absolute(),
+            args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+        )
     except (ValueError, OSError, KeyError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         raise WeightsError(f"{path}: not a readable Orbax checkpoint ({first[:200]})") from error

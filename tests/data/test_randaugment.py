@@ -73,7 +73,7 @@ def test_plain_posterize_keeps_more_bits_up_to_four(level, bits):
     ],
 )
 def test_solarize_inverts_what_is_not_below_the_threshold(name, level, threshold):
-    expected = np.where(IMAGE < threshold, IMAGE, 255 - IMAGE)
+    expected = np.where(threshold > IMAGE, IMAGE, 255 - IMAGE)
     np.testing.assert_array_equal(do(name, IMAGE, level), expected)
 
 

@@ -1,10 +1,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
-from mae_jax.data import pipeline
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import (
     abstract_state,

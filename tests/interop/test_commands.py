@@ -10,7 +10,7 @@ from small_models import SMALL, assert_same_tree, random_params
 
 from mae_jax import export, features, visualize
 from mae_jax.config import default_config
-from mae_jax.interop.build import features_function
+from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import export_official
@@ -137,10 +137,17 @@ def test_features_of_a_folder_in_order_for_every_kind(weights, pictures, tmp_pat
 
     picture = (pictures / names[20]).read_bytes()
     image = EvalTransform(size=(32, 32))(Record(picture, -1, "x"))
-    params = open_checkpoint(weights).params()["encoder"]
+    params = model_params(open_checkpoint(weights))
     np.testing.assert_allclose(
         features_function(SMALL)(params, image[None])["tokens"][0], last, atol=1e-5
     )
+
+
+def test_a_batch_is_rounded_up_to_the_devices(weights, pictures, tmp_path):
+    run_features(weights, pictures, tmp_path / "8.npz")
+    run_features(weights, pictures, tmp_path / "5.npz", "--batch_size=5")
+    with np.load(tmp_path / "8.npz") as eight, np.load(tmp_path / "5.npz") as five:
+        np.testing.assert_array_equal(eight["cls"], five["cls"])
 
 
 def test_the_last_block_by_number_is_the_default_and_the_first_is_not(weights, pictures, tmp_path):
@@ -191,7 +198,7 @@ def test_features_explain_bad_input(weights, pictures, tmp_path, capsys):
         ({"output": tmp_path / "f.npy"}, "is an .npz file"),
         ({"images": tmp_path / "nowhere"}, "there is no folder"),
         ({"images": weights}, "no picture below"),
-        ({"batch_size": 3}, "not divisible over 8 device"),
+        ({"batch_size": 0}, "needs at least 1"),
         ({"block": 3}, "blocks 1 to 2"),
     ):
         arguments = [f"--{name}={value}" for name, value in (good | change).items()]

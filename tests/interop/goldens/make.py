@@ -4,7 +4,9 @@
 
 `official.pth`: random weights of a small MAE, in a training checkpoint as the official code writes
 it. `expected.npz`: what transformers' ViTMAE computes from them (losses, predictions, mask, every
-gradient, ten AdamW steps) and timm's features. `types.pth`: tensors of every kind PyTorch stores.
+gradient, ten AdamW steps) and timm's features. `finetuned.pth`: random weights of a small
+classifier on the mean token, as the official code writes it. `finetuned.npz`: the logits timm
+computes from them. `types.pth`: tensors of every kind PyTorch stores.
 """
 
 import argparse
@@ -53,6 +55,7 @@ def main() -> None:
             expected["timm_features"] = vit.forward_features(pixels).numpy()
     np.savez_compressed(HERE / "expected.npz", **expected)
 
+    fine_tuned()
     matrix = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     torch.save(
         {
@@ -69,6 +72,28 @@ def main() -> None:
         },
         HERE / "types.pth",
     )
+
+
+def fine_tuned() -> None:
+    """A classifier as fine-tuning leaves it, every parameter random, its positions included."""
+    parity.import_timm()
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    model = VisionTransformer(**sizes, num_classes=5, global_pool="avg").eval()
+    rng = np.random.default_rng(0)
+    state = {
+        name: torch.tensor(0.3 * rng.standard_normal(x.shape, np.float32))
+        for name, x in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+    args = argparse.Namespace(model="vit", global_pool=True)
+    checkpoint = {"model": state, "optimizer": {}, "epoch": 99, "scaler": {}, "args": args}
+    torch.save(checkpoint, HERE / "finetuned.pth")
+    images = parity.images_of(D, 2)
+    with torch.no_grad():
+        logits = model(torch.tensor(images.transpose(0, 3, 1, 2).copy())).numpy()
+    np.savez_compressed(HERE / "finetuned.npz", images=images, logits=logits)
 
 
 def adamw_losses(model: torch.nn.Module, images: np.ndarray, noise: np.ndarray) -> list[float]:
