@@ -172,7 +172,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                 steps=task.total_steps,
                 parameters=sum(leaf.size for leaf in jax.tree.leaves(state.weights)),
             )
-            logging.info("results.json:\n%s", results["markdown"])
+            logging.info("results.json:\n%s\n%s", results["markdown_header"], results["markdown"])
     logging.info("done: %d steps. Model, pictures and metrics are in %s", stopped_at, path)
 
 

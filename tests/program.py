@@ -33,9 +33,29 @@ TINY = {
     "data.threads": 1,
 }
 
+# The same for configs/finetune.py, scratch.py and linear_probe.py, quick to compile.
+TINY_CLASSIFIER = {
+    **{name: value for name, value in TINY.items() if not name.startswith("decoder.")},
+    "compute_dtype": "float32",
+    "epochs": 0.0,
+    "model.variant": "ti",
+    "model.patch_size": 8,
+    "data.name": "demo",
+    "eval.batches": 0,
+    "eval.batch_size": 64,
+}
+PLAIN = {
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+    "augment.erasing": 0.0,
+    "augment.randaugment": "",
+    "model.drop_path": 0.0,
+}
+
 
 def command(workdir, config="configs/quickstart.py", **fields):
-    values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
+    tiny = TINY if config == "configs/quickstart.py" else TINY_CLASSIFIER
+    values = tiny | {name.replace("__", "."): value for name, value in fields.items()}
     return [
         *(sys.executable, "-m", "mae_jax.main", f"--config={ROOT / config}"),
         f"--workdir={workdir}",

@@ -7,6 +7,7 @@ from PIL import Image
 from tiny_dataset import jpeg
 
 from mae_jax.data import demo
+from mae_jax.data.randaugment import parse_randaugment
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import (
@@ -17,6 +18,7 @@ from mae_jax.data.transforms import (
     random_resized_crop_box,
     resize,
     resize_exact,
+    single_try_crop_box,
 )
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -154,6 +156,51 @@ def test_picture_of_extreme_shape_is_cropped_in_its_centre(height, width, expect
     assert box == expected
 
 
+@pytest.mark.parametrize("shape", [(300, 500), (100, 1000), (1000, 100), (31, 29)])
+def test_single_try_crop_is_the_formula_with_its_sides_cut(shape):
+    height, width = shape
+    cut = 0
+    for seed in range(200):
+        box = single_try_crop_box(np.random.default_rng(seed), height, width, (0.08, 1.0), RATIO)
+        # The same draws, used as the formula says: area, then logarithm of width over height.
+        rng = np.random.default_rng(seed)
+        area = rng.uniform(0.08, 1.0) * height * width
+        aspect = (4 / 3) ** rng.uniform(-1, 1)
+        w, h = (area * aspect) ** 0.5, (area / aspect) ** 0.5
+        cut += w > width + 0.5 or h > height + 0.5
+        w, h = min(round(w), width), min(round(h), height)
+        top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+        assert box == (top, left, h, w)
+        assert all(type(v) is int for v in box)
+    assert cut >= 20  # sides are cut often enough for this to count
+
+
+def test_single_try_crop_of_a_long_picture_is_a_whole_side_as_often_as_a_draw_does_not_fit():
+    n, height, width = 4000, 100, 400
+    rng = np.random.default_rng(0)
+    boxes = [single_try_crop_box(rng, height, width, (0.08, 1.0), RATIO) for _ in range(n)]
+    whole = np.mean([h == height for _, _, h, _ in boxes])
+    # Height, sqrt(40000 area / aspect), rounds to 100 or more: area >= 0.2475 aspect; the mean of
+    # a log-uniform aspect in 3/4 to 4/3 is (4/3 - 3/4) / log(16/9).
+    aspect = (4 / 3 - 3 / 4) / np.log(16 / 9)
+    expected = (1 - 99.5**2 / 40000 * aspect) / 0.92
+    assert whole == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / n))
+    assert expected > 0.8
+    # The other crop draws again; none of ten fits in 0.8^10 of all cases.
+    others = [random_resized_crop_box(rng, height, width, (0.08, 1.0), RATIO) for _ in range(n)]
+    assert np.mean([h == height for _, _, h, _ in others]) < 0.2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 500), (500, 1), (3, 20000), (20000, 3)])
+def test_single_try_crop_of_an_extreme_picture_stays_inside_and_is_not_empty(shape):
+    height, width = shape
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        top, left, h, w = single_try_crop_box(rng, height, width, (1e-4, 1.0), RATIO)
+        assert 0 <= top < top + h <= height
+        assert 0 <= left < left + w <= width
+
+
 @pytest.mark.parametrize("name", ["astronaut", "cat", "coffee", "rocket", "pagoda", "flower"])
 @pytest.mark.parametrize("size", [(224, 224), (96, 128), (400, 400), (60, 420)])
 def test_resize_is_within_one_and_a_half_grey_levels_of_pillow(name, size):
@@ -232,11 +279,48 @@ def test_centre_crop_for_training_shows_what_evaluation_shows():
     assert grey_levels(train, EvalTransform((96, 96))(record)) < 3.0
 
 
+@pytest.mark.parametrize("crop", ["random_resized", "single_try", "centre"])
+def test_training_picture_is_the_box_resized_then_augmented_by_the_same_generator(crop):
+    image = photograph("coffee")
+    record = Record(image, 0, "x")
+    augment = parse_randaugment("rand-m9-mstd0.5-inc1", (124, 116, 104))
+    plain = TrainTransform((48, 64), scale=(0.1, 0.5), crop=crop)
+    augmented = TrainTransform((48, 64), scale=(0.1, 0.5), crop=crop, randaugment=augment)
+    changed = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        expected = resize(image, plain.box(rng, *image.shape[:2]), (48, 64))
+        np.testing.assert_array_equal(plain(record, np.random.default_rng(seed)), expected)
+        expected = augment(expected, rng)
+        for _ in range(2):  # the first call leaves nothing behind that the second could see
+            out = augmented(record, np.random.default_rng(seed))
+            np.testing.assert_array_equal(out, expected)
+        changed += (out != plain(record, np.random.default_rng(seed))).any()
+    assert 8 <= changed <= 20  # three of four are augmented
+
+
+def test_pictures_in_a_row_are_augmented_differently():
+    record, rng = Record(photograph("coffee"), 0, "x"), np.random.default_rng(0)
+    augment = parse_randaugment("rand-m9-mstd0.5-inc1", (124, 116, 104))
+    transform = TrainTransform((24, 24), crop="centre", randaugment=augment)
+    assert len({transform(record, rng).tobytes() for _ in range(20)}) > 10
+
+
+def test_gray_pictures_are_augmented_with_one_value_of_fill():
+    augment = parse_randaugment("rand-m9-mstd0.5-inc1", (114,))
+    transform = TrainTransform((24, 24), channels=1, randaugment=augment)
+    record = Record(photograph("coffee"), 0, "x")
+    for seed in range(10):
+        assert transform(record, np.random.default_rng(seed)).shape == (24, 24, 1)
+    with pytest.raises(ValueError, match=r"augment\.randaugment.*model\.channels=3"):
+        TrainTransform((24, 24), channels=3, randaugment=augment)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2, 3), (1, 20000)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tiny_pictures_work(shape, channels):
     data = encoded(Image.new("RGB", shape[::-1], (10, 200, 30)), "PNG")
-    for crop in ("random_resized", "centre"):
+    for crop in ("random_resized", "single_try", "centre"):
         transform = TrainTransform((32, 48), channels, crop=crop)
         for seed in range(5):
             out = transform(Record(data, 0, "x"), np.random.default_rng(seed))
@@ -262,6 +346,8 @@ def test_wrong_options_are_refused_by_field(options, field):
 
 
 def test_transforms_survive_pickling():
-    for transform in (TrainTransform((8, 9)), EvalTransform((8, 9))):
+    augment = parse_randaugment("rand-m9-mstd0.5-inc1", (124, 116, 104))
+    augmented = TrainTransform((8, 9), crop="single_try", randaugment=augment)
+    for transform in (TrainTransform((8, 9)), augmented, EvalTransform((8, 9))):
         assert pickle.loads(pickle.dumps(transform)) == transform
         assert transform.shape == (8, 9, 3)
