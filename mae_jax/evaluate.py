@@ -227,8 +227,10 @@ def evaluate(
 
 def _sets_done(output: str, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Scores of the data sets that are in the file already."""
-    if not (output and pathlib.Path(output).is_file()):
+    if not output or not pathlib.Path(output).exists():
         return {}
+    if pathlib.Path(output).is_dir():
+        raise EvaluationError(f"--output={output}: is a folder; give a file")
     old = read_json(output)
     there = old.get("settings", {})
     if differing := [name for name in settings if there.get(name) != settings[name]]:
@@ -317,13 +319,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="TFDS name, folder or demo")
     parser.add_argument("--data_dir", default="", help="TFDS data dir, or the folder of images")
     parser.add_argument("--split", default="", help="of --data (default: validation)")
-    parser.add_argument("--robustness", default="", choices=("", *BENCHMARKS), help="in its place")
-    parser.add_argument("--corruptions", default="", help="some of c's, as fog,snow: no mCE")
+    parser.add_argument(
+        "--robustness",
+        default="",
+        choices=tuple(BENCHMARKS),
+        help="a benchmark, in place of --data",
+    )
+    parser.add_argument("--corruptions", default="", help="some of c's, as fog,snow; gives no mCE")
     parser.add_argument(
         "--crop",
         type=float,
         default=0.0,
-        help="crop over resized side (default: 224/256 up to 224 px, above and for c 1)",
+        help="crop over resized side (default: 224/256 up to 224 px; above, and for c, 1)",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,6 +1,7 @@
 """Accuracy of classifiers: the numbers, the benchmarks, and what bad input is told."""
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -16,7 +17,7 @@ from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.evaluate import EvaluationError, Scorer, choose_benchmark
-from mae_jax.interop.build import build_classifier, build_encoder, classify_function, model_params
+from mae_jax.interop.build import build_classifier, classify_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
@@ -49,11 +50,17 @@ ALEXNET_BY_SEVERITY = {
 def random_classifier(d, seed=0):
     """Parameters whose predictions vary from picture to picture."""
     images = np.zeros((1, *d.image_size, d.channels), np.float32)
-    params = build_classifier(d).init(jax.random.key(seed), images)["params"]
+    shapes = jax.eval_shape(build_classifier(d).init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(seed)
-    params["encoder"]["pos_embed"] = rng.standard_normal((1, 17, d.width), np.float32)
-    params["head"]["kernel"] = rng.standard_normal((d.width, d.classes), np.float32)
-    return jax.tree.map(np.asarray, params)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        x = rng.standard_normal(leaf.shape, np.float32)
+        if "encoder" in name and "kernel" in name:
+            return x * np.float32((2 / sum(leaf.shape)) ** 0.5)
+        return x if "pos_embed" in name or "head" in name else np.full_like(x, "scale" in name)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,11 @@ class Pictures:
         return Record(self.images[index], self.labels[index], f"{self.name}#{index}")
 
 
+@functools.cache
+def classify(d):
+    return jax.jit(classify_function(d))
+
+
 def expected_scores(weights, source, chosen=None, crop=None):
     """Top-1, top-5 and loss in numpy, over all classes or the chosen ones."""
     checkpoint = open_checkpoint(weights)
@@ -92,7 +104,7 @@ def expected_scores(weights, source, chosen=None, crop=None):
     transform = EvalTransform(d.image_size, d.channels, crop)
     records = [source[i] for i in range(len(source))]
     images = np.stack([transform(record) for record in records])
-    logits = np.asarray(classify_function(d)(model_params(checkpoint), images), np.float64)
+    logits = np.asarray(classify(d)(model_params(checkpoint), images), np.float64)
     labels = np.array([record.label for record in records])
     if chosen is not None:
         hidden = np.setdiff1d(np.arange(d.classes), chosen)
@@ -185,8 +197,8 @@ def test_what_cannot_be_evaluated_is_explained(weights, tmp_path, capsys):
         return error_of(capsys, *(f"--{name}={value}" for name, value in given.items()))
 
     headless = dataclasses.replace(MODEL, pool="", classes=0)
-    params = build_encoder(headless).init(jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
-    export_encoder({"encoder": params}, tmp_path / "headless", headless, {})
+    params = random_classifier(dataclasses.replace(MODEL, pool="cls"))
+    export_encoder({"encoder": params["encoder"]}, tmp_path / "headless", headless, {})
     assert "no head" in error(weights=tmp_path / "headless")
     assert "no such file" in error(weights=tmp_path / "nowhere")
 
@@ -214,6 +226,7 @@ def test_what_cannot_be_evaluated_is_explained(weights, tmp_path, capsys):
     assert "validation (256 records)" in error(split="test")
     assert "crop_ratio=2.0" in error(crop=2)
     assert "batch_size=0" in error(batch_size=0)
+    assert "is a folder" in error(output=tmp_path)
 
 
 def test_labels_are_asked_for_before_any_picture_is_decoded(weights):

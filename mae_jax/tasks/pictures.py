@@ -98,7 +98,7 @@ class Augmentations:
         self._path = path
 
     def draw(self) -> None:
-        """Writes the picture: the first images of the batch of step 0."""
+        """Writes the picture: images spread over the batch of step 0, so of many mix groups."""
         task = self._task
         positions = local_positions(task.batch_size, task.mesh)
         with self._data.train_batches(positions, 0, 1) as batches:
@@ -106,10 +106,11 @@ class Augmentations:
         arrays = {name: batch[name] for name in task.batch_arrays}
         arrays = global_batch(arrays, positions, task.batch_size, task.mesh)
 
-        def first_images(batch: dict) -> jax.Array:
+        def some_images(batch: dict) -> jax.Array:
             images, _, _ = task.augmented(batch, 0)
-            return denormalize(images[: self.COUNT], task.mean, task.std)
+            images = images[:: max(1, len(images) // self.COUNT)][: self.COUNT]
+            return denormalize(images, task.mean, task.std)
 
-        images = jax.jit(first_images, out_shardings=replicated(task.mesh))(arrays)
+        images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
         if jax.process_index() == 0:
             visualize.save_png(visualize.image_grid(np.asarray(images)), self._path)

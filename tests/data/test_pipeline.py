@@ -7,7 +7,7 @@ import pytest
 from tiny_dataset import jpeg
 
 from mae_jax.data.pipeline import eval_batches, example_index, example_rng, train_batches
-from mae_jax.data.record import DecodeError, Record
+from mae_jax.data.record import DecodeError, LabelError, Record
 from mae_jax.data.transforms import EvalTransform, TrainTransform
 
 TRANSFORM = TrainTransform((16, 16))
@@ -244,3 +244,20 @@ def test_closing_ends_all_threads():
 def test_wrong_arguments_are_refused_before_any_work(options, message):
     with pytest.raises(ValueError, match=message):
         train(Pictures(3), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_label_that_is_no_class_stops_the_run_with_its_record(workers):
+    batches = train(Pictures(8), classes=7, start_step=0, end_step=4, workers=workers)
+    with pytest.raises(LabelError, match=r"pictures/train#7.* 7"), batches:
+        list(batches)
+
+
+def test_an_evaluation_label_that_is_no_class_stops_the_run_even_if_pictures_may_be_skipped():
+    transform = EvalTransform((16, 16))
+    places = np.arange(4)
+    batches = eval_batches(
+        Pictures(8), transform, batch_size=4, positions=places, classes=7, bad_records="skip"
+    )
+    with pytest.raises(LabelError, match="pictures/train#7"), batches:
+        list(batches)

@@ -1,9 +1,14 @@
 """What a step computes does not depend on the devices it runs on."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
-from task_runs import assert_close, run_steps
+from task_runs import assert_close, make, run_steps
+
+from mae_jax.distributed.sharding import abstract_state, shardings_of
+from mae_jax.train.report import Evaluation
 
 LAYOUTS = [(8, 8, 1, 1), (8, 1, 8, 1), (8, 2, 4, 1), (4, 2, 2, 2)]
 
@@ -37,3 +42,25 @@ def compare(config, devices, data, fsdp, accumulate):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert_close(jax.device_get(state.weights), jax.device_get(other.weights))
     assert_close(jax.device_get(state.statistics), jax.device_get(other.statistics))
+
+
+@pytest.mark.parametrize("task", ["finetune", "linear_probe"])
+def test_evaluation_counts_every_example_once_on_any_device_count(supervised_config, task):
+    config = supervised_config(task)
+    expected = evaluate(config, devices=1)
+    assert expected["eval/examples"] == 256
+    for devices in (3, 8):
+        found = evaluate(config, devices)
+        for name in ("eval/examples", "eval/top1", "eval/top5"):
+            assert found[name] == expected[name]
+        np.testing.assert_allclose(found["eval/loss"], expected["eval/loss"], rtol=1e-6)
+
+
+def evaluate(config, devices):
+    config.eval.batch_size = 48  # does not divide the 256 examples
+    task, splits, state = make(config, devices)
+    written = {}
+    writer = types.SimpleNamespace(write=lambda step, scalars: written.update(scalars))
+    shardings = shardings_of(abstract_state(task.init, task.mesh))
+    Evaluation(task, splits, task.mesh, writer, shardings, max_batches=0)(0, state)
+    return written
