@@ -39,7 +39,14 @@ class Classifier(nn.Module):
         if self.pool == "mean":
             x = layer_norm(jnp.float32, "fc_norm")(x)
         init = nn.initializers.normal(self.head_std)
-        return nn.Dense(self.classes, dtype=jnp.float32, kernel_init=init, name="head")(x)
+        # Float32 as it says: accelerators multiply it in fewer bits by default.
+        return nn.Dense(
+            self.classes,
+            dtype=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST,
+            kernel_init=init,
+            name="head",
+        )(x)
 
 
 def pool_tokens(tokens: jax.Array, pool: str) -> jax.Array:
@@ -56,4 +63,10 @@ def absorb_batch_norm(head: dict, statistics: dict) -> dict:
       statistics: running mean [D] and var [D] of the features.
     """
     kernel = head["kernel"] * jax.lax.rsqrt(statistics["var"] + BATCH_NORM_EPS)[:, None]
-    return {"kernel": kernel, "bias": head["bias"] - statistics["mean"] @ kernel}
+    shift = linear_head({"kernel": kernel, "bias": 0.0}, statistics["mean"])
+    return {"kernel": kernel, "bias": head["bias"] - shift}
+
+
+def linear_head(head: dict, x: jax.Array) -> jax.Array:
+    """Logits [..., K] of features [..., D], in full float32 on accelerators too."""
+    return jnp.dot(x, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]

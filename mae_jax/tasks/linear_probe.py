@@ -19,7 +19,7 @@ from mae_jax.data.preprocess import example_keys, normalize, random_flip
 from mae_jax.distributed.sharding import gather_params
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
-from mae_jax.models.classifier import BATCH_NORM_EPS, absorb_batch_norm, pool_tokens
+from mae_jax.models.classifier import BATCH_NORM_EPS, absorb_batch_norm, linear_head, pool_tokens
 from mae_jax.tasks.base import INIT, TRAIN, Task, create_encoder
 from mae_jax.tasks.feature_cache import CachedFeatures
 from mae_jax.tasks.finetune import classification_sums
@@ -118,7 +118,7 @@ class LinearProbe(Task):
         x, statistics = self.normalise_groups(x, state.statistics)
 
         def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
-            logits = examples["x"] @ params["head"]["kernel"] + params["head"]["bias"]
+            logits = linear_head(params["head"], examples["x"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
             return losses.mean(), {}
 
@@ -156,7 +156,7 @@ class LinearProbe(Task):
         del index  # nothing is random
         x = batch["feature"] if self.cached else self.features(state.frozen, batch["image"])
         head = absorb_batch_norm(state.params["head"], state.statistics)
-        logits = x @ head["kernel"] + head["bias"]
+        logits = linear_head(head, x)
         return classification_sums(logits, batch["label"], batch["weight"])
 
     def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
@@ -184,5 +184,7 @@ class LinearProbe(Task):
             description = dataclasses.replace(description, pool="cls", classes=self.classes)
         else:
             weights = {"encoder": weights["encoder"]}
-            logging.info("no library has a head on mean tokens of this kind: encoder exported only")
+            logging.info(
+                "a head on mean tokens without a norm has no place in the export: encoder only"
+            )
         export_encoder(weights, directory, description, facts)

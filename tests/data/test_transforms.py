@@ -279,6 +279,19 @@ def test_centre_crop_for_training_shows_what_evaluation_shows():
     assert grey_levels(train, EvalTransform((96, 96))(record)) < 3.0
 
 
+@pytest.mark.parametrize(
+    ("crop", "draw"),
+    [("random_resized", random_resized_crop_box), ("single_try", single_try_crop_box)],
+)
+def test_training_crop_is_the_one_named(crop, draw):
+    transform = TrainTransform((48, 64), scale=(0.1, 0.9), ratio=(0.5, 2.0), crop=crop)
+    boxes = [transform.box(np.random.default_rng(seed), 100, 300) for seed in range(50)]
+    expected = [
+        draw(np.random.default_rng(seed), 100, 300, (0.1, 0.9), (0.5, 2.0)) for seed in range(50)
+    ]
+    assert boxes == expected
+
+
 @pytest.mark.parametrize("crop", ["random_resized", "single_try", "centre"])
 def test_training_picture_is_the_box_resized_then_augmented_by_the_same_generator(crop):
     image = photograph("coffee")

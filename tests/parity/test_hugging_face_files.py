@@ -68,35 +68,6 @@ def test_encoder_only_folder_loads_as_vit_mae_model_and_as_vit(tmp_path):
     np.testing.assert_allclose(ours, tokens, atol=1e-4)
 
 
-def test_a_class_token_classifier_gives_the_logits_of_transformers(tmp_path):
-    d = dataclasses.replace(
-        TINY, decoder_width=0, decoder_depth=0, decoder_heads=0, pool="cls", classes=7
-    )
-    rng = np.random.default_rng(0)
-    encoder = dict(random_params(TINY)["encoder"])
-    encoder["pos_embed"] = rng.standard_normal((1, 37, 64), np.float32)  # trained positions
-    head = {
-        "kernel": rng.standard_normal((64, 7), np.float32),
-        "bias": rng.standard_normal(7, np.float32),
-    }
-    params = {"encoder": encoder, "head": head}
-    export_hugging_face(params, tmp_path, d, {})
-    model, info = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    with torch.no_grad():
-        images = torch.tensor(images_of(d, 2).transpose(0, 3, 1, 2))
-        tokens = model.vit(images).last_hidden_state[:, 0].numpy()
-        logits = model.eval()(images).logits.numpy()
-    np.testing.assert_allclose(tokens @ head["kernel"] + head["bias"], logits, atol=1e-4)
-    again = open_checkpoint(tmp_path)
-    assert again.trained_positions
-    assert again.description == d
-    assert_same_weights(params, again.params())
-
-
 def test_the_image_processor_has_our_size_and_statistics(tmp_path):
     from transformers import ViTImageProcessor
 
