@@ -82,6 +82,10 @@ def test_erased_box_has_the_recipes_area_aspect_and_place():
         assert np.quantile(place / room, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
             [0, 0.25, 0.5, 0.75, 1], abs=0.05
         )
+    small = share < 0.18
+    draws = np.stack([share, np.log(aspect), top / (h - bh), left / (w - bw)])[:, small]
+    correlation = np.corrcoef(draws)[~np.eye(4, dtype=bool)]
+    assert np.abs(correlation).max() < 4 / np.sqrt(small.sum())
 
 
 def test_erased_box_is_smaller_than_a_long_picture_in_both_directions():
@@ -221,8 +225,11 @@ def test_share_of_groups_is_mixed_and_the_others_are_untouched(off):
     untouched = (pixels == 1).all((1, 2))
     assert (lam[untouched] == 1).all()
     # Cutmix with a box of less than a pixel looks untouched as well.
-    unseen = 0.3 / SIZE**2 * {"mixup_alpha": 1, "cutmix_alpha": 0, None: 0.5}[off]
+    cutmix_share = {"mixup_alpha": 1, "cutmix_alpha": 0, None: 0.5}[off]
+    unseen = 0.3 * cutmix_share / SIZE**2
     assert untouched.mean() == pytest.approx(0.7 + unseen, abs=4 * np.sqrt(0.21 / GROUPS))
+    cutmix = is_cutmix(pixels[~untouched]).mean()
+    assert cutmix == pytest.approx(cutmix_share, abs=4 * 0.5 / np.sqrt(0.3 * GROUPS))
     pixels, _ = kept(probability=0.0, **options)
     assert (pixels == 1).all()
 
