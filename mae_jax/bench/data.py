@@ -1,8 +1,9 @@
 """How fast the input pipeline is, beside a plain Pillow + NumPy pipeline that does the same work.
 
 The plain one reads the same records, decodes with Pillow, draws the same crops and resizes with
-Pillow's antialiased bicubic, in as many threads. The two take turns, round by round, because
-other work on the machine disturbs both; CPU-seconds are disturbed least.
+Pillow's antialiased bicubic, in as many threads; RandAugment is the same code in both. The two
+take turns, round by round, because other work on the machine disturbs both; CPU-seconds are
+disturbed least.
 """
 
 import concurrent.futures
@@ -18,10 +19,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.config import image_size, validate
+from mae_jax.config import validate
 from mae_jax.data.pipeline import example_index, example_rng, train_batches
-from mae_jax.data.sources import Record, Source, open_source
+from mae_jax.data.sources import Record, Source
 from mae_jax.data.transforms import TrainTransform
+from mae_jax.tasks.splits import Splits
 
 ROUNDS = 7
 STEPS = 4  # batches in a round
@@ -49,11 +51,9 @@ def main(config: ConfigDict) -> None:
     data, model = config.data, config.model
     if model.channels not in (1, 3):
         raise ValueError(f"model.channels={model.channels}: the plain pipeline reads 1 or 3")
-    source = open_source(data.name, data.dir, data.train_split)
-    size = image_size(config)
-    transform = TrainTransform(
-        size, model.channels, tuple(data.scale), tuple(data.ratio), data.crop
-    )
+    splits = Splits(config)
+    source, transform = splits.train, splits.train_transform
+    height, width = transform.size
     batch_size = min(config.batch_size, LARGEST_BATCH)
     threads = data.threads or os.cpu_count()
 
@@ -101,7 +101,7 @@ def main(config: ConfigDict) -> None:
         cost = Cost(cost.images, cost.wall - start_up.wall, cost.cpu - start_up.cpu)
         rounds.append((cost, plain(i * steps, steps)))
 
-    print(f"{len(source)} records of {source.name} {source.split!r}, {size[0]} x {size[1]} px")
+    print(f"{len(source)} records of {source.name} {source.split!r}, {height} x {width} px")
     print(
         f"batches of {batch_size}, {data.workers} workers, {threads} threads; "
         f"median of {ROUNDS} rounds of {steps * batch_size} images"
@@ -130,11 +130,13 @@ def plain_transform(
     top, left, h, w = transform.box(rng, image.height, image.width)
     corners = (left, top, left + w, top + h)
     image = image.resize(transform.size[::-1], Image.Resampling.BICUBIC, box=corners)
-    return np.asarray(image).reshape(transform.shape)
+    pixels = np.asarray(image).reshape(transform.shape)
+    return pixels if transform.randaugment is None else transform.randaugment(pixels, rng)
 
 
 def _difference(source: Source, transform: TrainTransform, seed: int) -> float:
-    """Mean absolute difference of the same crops, in grey levels."""
+    """Mean absolute difference of the same crops before RandAugment, in grey levels."""
+    transform = dataclasses.replace(transform, randaugment=None)
     differences = []
     for g in range(COMPARED):
         record = source[example_index(seed, g, len(source))]
