@@ -147,10 +147,15 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
         y = layer_norm(self.dtype, "norm1")(x)
         y = Attention(self.heads, self.dtype, name="attn")(y)
-        x = x + (y if path_scale is None else y * path_scale[0, :, None, None].astype(y.dtype))
+        x = x + (y if path_scale is None else _scaled(y, path_scale[0]))
         y = layer_norm(self.dtype, "norm2")(x)
         y = Mlp(self.dtype, name="mlp")(y)
-        return x + (y if path_scale is None else y * path_scale[1, :, None, None].astype(y.dtype))
+        return x + (y if path_scale is None else _scaled(y, path_scale[1]))
+
+
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    """Tokens [B, N, D] times float32 [B]; the product is rounded, not the factor."""
+    return (y * scale[:, None, None]).astype(y.dtype)
 
 
 class Blocks(nn.Module):

@@ -17,8 +17,8 @@ from mae_jax.models import flops
 from mae_jax.models.mae import create_mae
 from mae_jax.models.masking import Masking, sample_masking
 from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, create_encoder
+from mae_jax.tasks.online_probe import Probe
 from mae_jax.tasks.pictures import Reconstructions
-from mae_jax.tasks.probe import Probe
 from mae_jax.tasks.splits import Splits
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action

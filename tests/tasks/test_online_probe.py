@@ -19,8 +19,8 @@ from mae_jax.distributed.mesh import make_mesh, place
 from mae_jax.distributed.sharding import abstract_state, gather_params, shardings_of
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.vit import ViT
-from mae_jax.tasks import probe as probe_module
-from mae_jax.tasks.probe import Probe
+from mae_jax.tasks import online_probe as probe_module
+from mae_jax.tasks.online_probe import Probe
 from mae_jax.train.metrics import MetricsWriter, read_metrics
 from mae_jax.train.probes import knn_accuracy, ridge_probe
 from mae_jax.train.state import create_state
