@@ -5,8 +5,7 @@
 About three minutes on two CPU cores, no download. The data is a toy: a handful of photographs, cut
 at random; the encoder it leaves is not worth using. What it shows is the whole path: loss falling
 well below 1 (what predicting every patch by its mean scores), pictures filling in
-`runs/quickstart/reconstructions/`, a linear probe telling the photographs apart beside that of the
-untrained encoder, checkpoints, and an encoder in `runs/quickstart/export/`.
+`runs/quickstart/reconstructions/`, checkpoints, and an encoder in `runs/quickstart/export/`.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +31,5 @@ def get_config() -> ConfigDict:
     config.optim.warmup_steps = 40
     config.checkpoint.every = 100
     config.eval.every = 200
-    config.probe.every = 200
-    config.probe.train_examples = 1024
     config.pictures.every = 200
     return config

@@ -136,8 +136,8 @@ def default_config() -> ConfigDict:
     config.eval.batches = 0  # at most so many batches; 0: the whole split
     config.eval.batch_size = 0  # 0: that of training
 
-    # A closed-form linear probe of the encoder while it pretrains, beside the same probe of the
-    # encoder as it was at the start.
+    # A closed-form linear probe of the encoder while it pretrains, beside the same probe of an
+    # untrained one.
     config.probe = ConfigDict()
     config.probe.every = 0  # steps; 0: no probe
     config.probe.name = ""  # labelled data; these four: empty takes the field of `data`
