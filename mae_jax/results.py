@@ -12,6 +12,7 @@ import json
 import pathlib
 import statistics
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -121,7 +122,7 @@ def markdown_row(runs: list[dict[str, Any]]) -> str:
         *_description(runs[0]),
         _percent([run["top1"] for run in runs]),
         _percent([run["top5"] for run in runs]),
-        f"{statistics.median(rates):.4g}" if rates else "-",
+        f"{statistics.median(rates):,.0f}" if rates else "-",
         ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs)),
     )
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
@@ -203,10 +204,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     workdirs = dict.fromkeys(pathlib.Path(w).expanduser().resolve() for w in args.workdirs)
     try:
-        print(table([read_results(workdir) for workdir in workdirs]))
+        print(table(_finished(workdirs)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _finished(workdirs: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
+    """The results that are there; what is left out is told, so that `runs/*` may be asked for."""
+    found = []
+    for workdir in workdirs:
+        try:
+            found.append(read_results(workdir))
+        except FileNotFoundError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not found:
+        raise ValueError("none of these workdirs holds the results of a finished supervised run")
+    return found
 
 
 if __name__ == "__main__":

@@ -127,14 +127,27 @@ def test_the_command_prints_the_table_and_counts_a_workdir_once(tmp_path, capsys
     assert capsys.readouterr().out == f"{HEADER}\n{run['markdown']}\n"
 
 
-def test_a_workdir_without_results_ends_the_command_with_its_name(tmp_path):
+def command(*workdirs):
+    command = [sys.executable, "-m", "mae_jax.results", *workdirs]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_workdir_without_results_is_left_out_and_told(tmp_path):
+    run = finished(tmp_path / "run", 0.5)
+    done = command(tmp_path / "run", tmp_path / "unfinished")
+    assert done.returncode == 0
+    assert done.stdout == f"{HEADER}\n{run['markdown']}\n"
+    assert done.stderr.startswith(f"left out: {tmp_path / 'unfinished'}")
+    alone = command(tmp_path / "unfinished")
+    assert alone.returncode == 2
+    assert "none of these workdirs" in alone.stderr
+
+
+def test_broken_results_end_the_command_with_their_name(tmp_path):
     finished(tmp_path / "run", 0.5)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text('{"top1":')
-    for name, message in {"unfinished": "there is no such file", "broken": "not readable"}.items():
-        command = [sys.executable, "-m", "mae_jax.results", tmp_path / "run", tmp_path / name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"error: {tmp_path / name}")
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+    done = command(tmp_path / "run", tmp_path / "broken")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'broken'}")
+    assert "Traceback" not in done.stderr
