@@ -1,3 +1,4 @@
+import importlib.util
 import pathlib
 import re
 
@@ -10,10 +11,25 @@ from mae_jax.config import ConfigError, default_config, validate
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
+IMAGENET = 1_281_167  # training images
+VARIANTS = {
+    "quickstart.py": ("pretrain", "finetune", "scratch", "linear_probe"),
+    "pretrain.py": ("vit_b", "vit_l", "vit_h", "mmselfsup"),
+    "finetune.py": ("vit_b", "vit_l", "vit_h", "vit_h_448", "mmselfsup"),
+    "partial.py": ("vit_b", "vit_l", "vit_h"),
+    "scratch.py": ("vit_b", "vit_l", "vit_h"),
+    "linear_probe.py": ("vit_b", "vit_l", "vit_h", "mmselfsup"),
+}
+
+
 def load(name, *arguments) -> ConfigDict:
-    namespace = {}
-    exec((CONFIGS / name).read_text(), namespace)
-    return namespace["get_config"](*arguments)
+    spec = importlib.util.spec_from_file_location("recipe", CONFIGS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*arguments)
+    if config.task in ("finetune", "linear_probe"):
+        config.init_from = "random"
+    return config
 
 
 def changed(**fields):
@@ -34,16 +50,113 @@ def test_defaults_are_the_papers_recipe_in_steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("name", "variant"), [(name, v) for name, variants in VARIANTS.items() for v in variants]
+)
+def test_every_recipe_is_valid(name, variant):
+    validate(load(name, variant))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_recipe_has_a_default_and_names_its_variants(name):
+    validate(load(name))
+    with pytest.raises(ValueError, match=VARIANTS[name][0]):
+        load(name, "vit_xl")
+
+
+def figures(config):
+    """What a recipe comes to on ImageNet: steps of an epoch, in all, of warm-up, and peak rate."""
+    return (
+        config_lib.steps_per_epoch(config, IMAGENET),
+        config_lib.total_steps(config, IMAGENET),
+        config_lib.warmup_steps(config, IMAGENET),
+        pytest.approx(config.optim.base_lr * config.batch_size / 256),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "steps", "lr", "layer_decay", "drop_path", "group"),
     [
-        ("quickstart.py", ()),
-        ("pretrain.py", ("vit_b",)),
-        ("pretrain.py", ("vit_l",)),
-        ("pretrain.py", ("vit_h",)),
+        ("vit_b", 125_100, 2e-3, 0.65, 0.1, 32),
+        ("vit_l", 62_550, 4e-3, 0.75, 0.2, 32),
+        ("vit_h", 62_550, 4e-3, 0.75, 0.3, 16),
     ],
 )
-def test_every_recipe_is_valid(name, arguments):
-    validate(load(name, *arguments))
+def test_fine_tuning_is_the_recipe_of_the_released_weights(
+    variant, steps, lr, layer_decay, drop_path, group
+):
+    """Section 2.3 of the reference digest."""
+    config = load("finetune.py", variant)
+    assert figures(config) == (1251, steps, 5 * 1251, lr)
+    optim, augment = config.optim, config.augment
+    assert (optim.layer_decay, config.model.drop_path) == (layer_decay, drop_path)
+    assert (optim.b1, optim.b2, optim.eps) == (0.9, 0.999, 1e-8)
+    assert (optim.weight_decay, optim.min_lr, optim.clip_norm) == (0.05, 1e-6, 0.0)
+    assert (augment.mixup, augment.cutmix, augment.mix_group) == (0.8, 1.0, group)
+    assert (augment.mix_probability, augment.mix_switch) == (1.0, 0.5)
+    assert (augment.erasing, augment.smoothing) == (0.25, 0.1)
+    assert augment.randaugment == "rand-m9-mstd0.5-inc1"
+    assert tuple(config.data.scale) == (0.08, 1.0)
+    assert (config.head.pool, config.head.init_std) == ("mean", 2e-5)
+
+
+def test_partial_tuning_is_fine_tuning_of_some_blocks():
+    whole, part = load("finetune.py", "vit_l"), load("partial.py", "vit_l")
+    assert set(config_lib.differing_fields(whole.to_dict(), part)) == {"trainable_blocks"}
+
+
+def test_linear_probing_is_the_recipe():
+    """Section 2.6 of the reference digest."""
+    config = load("linear_probe.py", "vit_b")
+    assert figures(config) == (78, 7020, 780, 6.4)
+    optim = config.optim
+    assert (optim.momentum, optim.trust, optim.weight_decay) == (0.9, 0.001, 0.0)
+    assert optim.min_lr == 0
+    assert (config.head.pool, config.head.norm_group, config.head.init_std) == ("cls", 512, 0.01)
+    assert (config.data.crop, tuple(config.data.scale)) == ("single_try", (0.08, 1.0))
+    assert config.data.flip
+
+
+@pytest.mark.parametrize(
+    ("variant", "epochs", "drop_path"),
+    [("vit_b", 300, 0.1), ("vit_l", 200, 0.2), ("vit_h", 200, 0.2)],
+)
+def test_training_from_scratch_is_the_recipe(variant, epochs, drop_path):
+    """Section 2.8 of the reference digest."""
+    config = load("scratch.py", variant)
+    assert figures(config) == (312, epochs * 312, 20 * 312, 1.6e-3)
+    optim, augment = config.optim, config.augment
+    assert (optim.b1, optim.b2, optim.weight_decay, optim.ema) == (0.9, 0.95, 0.3, 0.9999)
+    assert (optim.layer_decay, config.model.drop_path) == (1.0, drop_path)
+    assert (augment.mixup, augment.cutmix, augment.smoothing) == (0.8, 1.0, 0.1)
+    assert (augment.randaugment, augment.erasing) == ("rand-m9-mstd0.5-inc1", 0.0)
+
+
+def test_the_mmselfsup_setting():
+    pretrain, finetune = load("pretrain.py", "mmselfsup"), load("finetune.py", "mmselfsup")
+    assert (pretrain.model.variant, pretrain.batch_size, pretrain.epochs) == ("b", 8 * 512, 400)
+    assert (finetune.model.variant, finetune.batch_size, finetune.epochs) == ("b", 8 * 128, 100)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value"),
+    [
+        ("pretrain", "model.drop_path", 0.1),
+        ("pretrain", "augment.mixup", 0.8),
+        ("pretrain", "optim.layer_decay", 0.75),
+        ("finetune", "mask.ratio", 0.5),
+        ("finetune", "optim.trust", 0.1),
+        ("scratch", "trainable_blocks", 2.0),
+        ("linear_probe", "optim.b2", 0.9),
+        ("linear_probe", "augment.erasing", 0.25),
+    ],
+)
+def test_a_field_that_a_task_would_ignore_is_refused(task, field, value):
+    config = default_config()
+    config.task = task
+    config.init_from = "random" if task in ("finetune", "linear_probe") else ""
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=f"{field} = .*task {task} has no use for this field"):
+        validate(config)
 
 
 def test_recipes_of_the_paper_differ_in_model_only():
