@@ -1,6 +1,7 @@
 """Fine-tuning and probing as people run them: processes, files, messages."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from mae_jax.train.metrics import read_metrics
 
 pytest.importorskip("skimage", reason="the embedded data needs scikit-image")
 
+KILLS = int(os.environ.get("MAE_JAX_KILLS", "2"))
 FINETUNE = {"config": "configs/finetune.py", **PLAIN}
 PROBE = {
     "config": "configs/linear_probe.py",
@@ -97,7 +99,7 @@ def test_killed_and_restarted_the_run_ends_bit_identical(recipe, pretrained, tmp
     fields = {**recipe, "init_from": pretrained, "checkpoint.every": 1}
     reference, workdir = tmp_path / "reference", tmp_path / "killed"
     assert run(reference, **fields).returncode == 0
-    assert kill_at_random_moments(command(workdir, **fields), workdir, 2) > 0
+    assert kill_at_random_moments(command(workdir, **fields), workdir, KILLS) > 0
     result = run(workdir, **fields)
     assert result.returncode == 0, result.stderr
     assert losses(workdir) == losses(reference)
