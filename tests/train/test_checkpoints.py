@@ -134,6 +134,26 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(three):
     assert_restores(three, 3)
 
 
+def test_a_part_that_is_absent_need_not_be_in_the_file(three):
+    """Nor does one in the file that was absent: older programs know fewer parts, or more."""
+    wider = abstract() | {"later": None}
+    state, _ = Checkpoints(three, keep=3).restore_newest(wider, accept)
+    assert state["later"] is None
+    np.testing.assert_array_equal(state["w"], state_at(3)["w"])
+    checkpoints = Checkpoints(three.with_name("other"), keep=1)
+    checkpoints.save(1, state_at(1) | {"earlier": None}, {"note": "step 1"})
+    checkpoints.close()
+    assert_restores(three.with_name("other"), 1)
+
+
+def test_a_whole_checkpoint_of_other_tensors_is_refused_by_name_and_left_alone(three):
+    other = abstract()
+    other["head"] = {"kernel": other.pop("b")}
+    with pytest.raises(CheckpointError, match=r"missing \(head/kernel, .*unexpected \(b, "):
+        Checkpoints(three, keep=3).restore_newest(other, accept)
+    assert_restores(three, 3)
+
+
 def test_a_save_that_cannot_be_written_says_what_is_left(three, monkeypatch):
     checkpoints = Checkpoints(three, keep=5)
 
