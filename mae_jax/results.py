@@ -4,7 +4,7 @@
 
 Every run of fine-tuning, training from scratch or linear probing leaves a `results.json` in its
 workdir. Runs that differ in nothing but the seed become one row, with mean and sample standard
-deviation of their accuracies.
+deviation of their accuracies, the mean loss and the median speed.
 """
 
 import argparse
@@ -28,9 +28,11 @@ COLUMNS = (
     "trained blocks",
     "data",
     "epochs",
+    "steps",
     "batch",
     "top-1 %",
     "top-5 %",
+    "loss",
     "images/s",
     "seed",
 )
@@ -118,10 +120,12 @@ def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
 def markdown_row(runs: list[dict[str, Any]]) -> str:
     """One line of the table, of one run or of several that differ by their seed."""
     rates = [run["images_per_second"] for run in runs if run["images_per_second"] is not None]
+    losses = [run["loss"] for run in runs]
     cells = (
         *_description(runs[0]),
         _percent([run["top1"] for run in runs]),
         _percent([run["top5"] for run in runs]),
+        "-" if None in losses else f"{statistics.fmean(losses):.4f}",
         f"{statistics.median(rates):,.0f}" if rates else "-",
         ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs)),
     )
@@ -169,6 +173,7 @@ def _description(result: dict[str, Any]) -> tuple[str, ...]:
         blocks,
         result["data"],
         f"{result['epochs']:.4g}",
+        str(result["steps"]),
         str(result["batch_size"]),
     )
 

@@ -57,8 +57,8 @@ def test_results_hold_the_last_evaluation_and_what_was_run(tmp_path):
     assert {name: result[name] for name in expected} == expected
     assert result["markdown_header"] == HEADER
     assert result["markdown"] == (
-        "| finetune | ViT-B/16, 224 px | runs/mae | all | imagenet2012 | 100 | 1024 | 83.57 "
-        "| 90.00 | 200 | 0 |"
+        "| finetune | ViT-B/16, 224 px | runs/mae | all | imagenet2012 | 100 | 20 | 1024 | 83.57 "
+        "| 90.00 | 1.5000 | 200 | 0 |"
     )
 
 
@@ -80,7 +80,7 @@ def test_runs_that_differ_by_seed_alone_are_one_row(tmp_path):
     lines = table([read_results(tmp_path / str(seed)) for seed in scores]).splitlines()
     assert "\n".join(lines[:2]) == HEADER
     assert len(lines) == 3
-    assert "| 83.57 ± 0.09 (4) | 90.00 ± 0.00 (4) | 200 | 0, 1, 2, 3 |" in lines[2]
+    assert "| 83.57 ± 0.09 (4) | 90.00 ± 0.00 (4) | 1.5000 | 200 | 0, 1, 2, 3 |" in lines[2]
 
 
 def test_runs_that_only_look_alike_stay_apart_and_the_difference_is_told(tmp_path):
@@ -103,7 +103,7 @@ def test_partial_evaluations_and_other_folders_are_set_apart(tmp_path):
     fields = [{}, {"eval.batches": 2}, {"data.dir": "elsewhere"}]
     runs = [finished(tmp_path / str(i), 0.5, supervised(**f)) for i, f in enumerate(fields)]
     lines = table(runs).splitlines()
-    assert [line.split("|")[8].strip() for line in lines[2:5]] == ["50.00"] * 3
+    assert [line.split("|")[9].strip() for line in lines[2:5]] == ["50.00"] * 3
 
 
 def test_rows_name_models_starts_and_trained_blocks(tmp_path):
