@@ -16,22 +16,16 @@ ViT-L, 800 epochs of pretraining (figure 9; 0 is linear probing, `configs/linear
 | top-1 | 73.5 | 79.1 | 81.0 | 83.1 | 84.2 | 84.4 | 84.6 | 84.7 | 84.9 |
 """
 
-import importlib.util
 import pathlib
 
 from ml_collections import ConfigDict
 
+from mae_jax.config import load_recipe
+
+_FINETUNE = load_recipe(pathlib.Path(__file__).with_name("finetune.py"))
+
 
 def get_config(variant: str = "vit_l") -> ConfigDict:
-    config = _finetune().get_config(variant)
+    config = _FINETUNE.get_config(variant)
     config.trainable_blocks = 1.0
     return config
-
-
-def _finetune():
-    # Config files are run by path, so that they work from any directory; so is the one this needs.
-    path = pathlib.Path(__file__).with_name("finetune.py")
-    spec = importlib.util.spec_from_file_location("finetune", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

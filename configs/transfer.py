@@ -30,11 +30,14 @@ that building `i_naturalist2021` needs; the archives of that set are such folder
 Work as in `configs/finetune.py` for each image and epoch.
 """
 
-import importlib.util
 import pathlib
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
+
+from mae_jax.config import load_recipe
+
+_FINETUNE = load_recipe(pathlib.Path(__file__).with_name("finetune.py"))
 
 
 class Set(NamedTuple):
@@ -62,19 +65,10 @@ def get_config(variant: str = "inat2018_vit_b") -> ConfigDict:
             f"configs/transfer.py:{variant}: choose one of {', '.join(SETS)}, then one of "
             f"{', '.join(MODELS)}, as in inat2018_vit_b"
         )
-    config = _finetune().get_config(model)
+    config = _FINETUNE.get_config(model)
     chosen = SETS[name]
     config.data.name = chosen.data
     config.data.eval_split = chosen.eval_split
     config.head.classes = chosen.classes  # so that other data is refused
     config.eval.every = chosen.train_examples // config.batch_size  # an epoch
     return config
-
-
-def _finetune():
-    # Config files are run by path, so that they work from any directory; so is the one this needs.
-    path = pathlib.Path(__file__).with_name("finetune.py")
-    spec = importlib.util.spec_from_file_location("finetune", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -4,8 +4,10 @@ Recipes in `configs/` start from `default_config()` and change fields; the comma
 fields of the recipe (`--config.mask.ratio=0.9`). Unknown fields are refused.
 """
 
+import importlib.util
 import json
 import math
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -239,6 +241,14 @@ def steps_per_epoch(config: ConfigDict, examples: int) -> int:
 def to_json(config: ConfigDict) -> str:
     """The config as it is written to `config.json`."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def load_recipe(path: str | pathlib.Path) -> Any:
+    """The module of a config file. Such files are run by path, from any directory, not imported."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
 from mae_jax.interop import arguments
 from mae_jax.interop.build import features_function, model_params
-from mae_jax.interop.files import write_atomically
+from mae_jax.interop.files import complete_or_absent, write_atomically
 
 KINDS = ("cls", "mean", "tokens", "logits")
 BATCHES_PER_PART = 16
@@ -190,8 +190,10 @@ def _assemble(
     path: pathlib.Path, names: list[str], kinds: tuple[str, ...], files: list[pathlib.Path]
 ) -> None:
     """Joins the parts into one .npz, one part in memory at a time."""
-    temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        complete_or_absent(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
         for kind in kinds:
             with np.load(files[0]) as first:
                 shape = (len(names), *first[kind].shape[1:])
@@ -203,7 +205,6 @@ def _assemble(
                         stream.write(np.ascontiguousarray(part[kind], "<f4").tobytes())
         with archive.open("names.npy", "w") as stream:
             np.lib.format.write_array(stream, np.asarray(names), allow_pickle=False)
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> None:

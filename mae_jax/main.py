@@ -119,6 +119,8 @@ def run(config: ConfigDict, workdir: str) -> None:
             task, inputs, mesh, writer, shardings, max_batches=config.eval.batches
         )
         if start_step < task.total_steps:
+            if start_step == 0:
+                task.draw_inputs(data, path)
             actions = task.actions(config, data, writer, path)
             with inputs.train_batches(positions, start_step, task.total_steps) as host_batches:
                 state, stopped_at = train(

@@ -1,4 +1,3 @@
-import importlib.util
 import pathlib
 import re
 
@@ -23,10 +22,7 @@ VARIANTS = {
 
 
 def load(name, *arguments) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("recipe", CONFIGS / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(*arguments)
+    config = config_lib.load_recipe(CONFIGS / name).get_config(*arguments)
     if config.task in ("finetune", "linear_probe"):
         config.init_from = "random"
     return config

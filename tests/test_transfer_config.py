@@ -1,6 +1,5 @@
 """The recipes of configs/transfer.py, and that they fit the data sets they name."""
 
-import importlib.util
 import pathlib
 
 import numpy as np
@@ -14,14 +13,9 @@ from mae_jax.tasks.splits import Splits
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-transfer, finetune = load("transfer"), load("finetune")
+transfer, finetune = (
+    config_lib.load_recipe(CONFIGS / f"{name}.py") for name in ("transfer", "finetune")
+)
 VARIANTS = [f"{name}_{model}" for name in transfer.SETS for model in transfer.MODELS]
 
 

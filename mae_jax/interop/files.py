@@ -34,18 +34,19 @@ def save_safetensors(
 ) -> None:
     """Writes one file, which appears complete or not at all."""
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    with _complete_or_absent(path) as temporary:
+    with complete_or_absent(path) as temporary:
         safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
 
 
 def write_atomically(path: str | pathlib.Path, content: bytes | str) -> None:
     """Writes a file that is complete or absent, making its folder where needed."""
-    with _complete_or_absent(path) as temporary:
+    with complete_or_absent(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def _complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary path, whose file becomes `path` if the block ends without an error."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mae_jax.interop.description import Description, WeightsError
 from mae_jax.interop.weights import Params
-from mae_jax.models.classifier import absorb_batch_norm
+from mae_jax.models.classifier import probe_params
 from mae_jax.models.vit import VARIANTS
 
 # What is read of a training state (`train.state.TrainState`), in its order: all but the optimizer.
@@ -58,15 +58,14 @@ def read_workdir(
     params = state["ema"] if averaged else state["params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
     notes = []
-    if state["statistics"] is not None and config["head"]["pool"] == "cls":
-        head = absorb_batch_norm(params["head"], state["statistics"])
-        params = {**params, "head": jax.tree.map(np.asarray, head)}
-    elif state["statistics"] is not None:
-        params = {"encoder": params["encoder"]}
-        notes.append(
-            "the head of this linear probe reads the mean token, for which there is no model: it "
-            "is left out (a probe with head.pool=cls keeps its head)"
-        )
+    if state["statistics"] is not None:
+        params = probe_params(params, state["statistics"], config["head"]["pool"])
+        params = jax.tree.map(np.asarray, params)
+        if "head" not in params:
+            notes.append(
+                "the head of this linear probe reads the mean token, for which there is no model: "
+                "it is left out (a probe with head.pool=cls keeps its head)"
+            )
     facts = {
         "task": config.get("task", "pretrain"),
         "data": config["data"]["name"],

@@ -67,6 +67,22 @@ def absorb_batch_norm(head: dict, statistics: dict) -> dict:
     return {"kernel": kernel, "bias": head["bias"] - shift}
 
 
+def probe_params(params: dict, statistics: dict, pool: str) -> dict:
+    """A linear probe as parameters of `Classifier`, its batch norm absorbed into the head.
+
+    A head on the mean token expects another norm than the encoder's, so it is left out: the
+    encoder alone.
+
+    Args:
+      params: "encoder" and "head".
+      statistics: see `absorb_batch_norm`.
+      pool: what the head reads, of `POOLS`.
+    """
+    if pool != "cls":
+        return {"encoder": params["encoder"]}
+    return {**params, "head": absorb_batch_norm(params["head"], statistics)}
+
+
 def linear_head(head: dict, x: jax.Array) -> jax.Array:
     """Logits [..., K] of features [..., D], in full float32 on accelerators too."""
     return jnp.dot(x, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]

@@ -53,7 +53,6 @@ class Task:
     """
 
     metric_names: tuple[str, ...] = ("loss", "grad_norm", "lr")
-    batch_fields: tuple[str, ...] = ("image", "label")
 
     def __init__(self, config: ConfigDict, examples: int, encoder: ViT, mesh: Mesh):
         self.total_steps = config_lib.total_steps(config, examples)
@@ -97,8 +96,7 @@ class Task:
     @property
     def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shape (without the batch axis) and type of what a step takes."""
-        arrays = {"image": (self.image_shape, np.uint8), "label": ((), np.int32)}
-        return {name: arrays[name] for name in self.batch_fields}
+        return {"image": (self.image_shape, np.uint8), "label": ((), np.int32)}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -126,6 +124,9 @@ class Task:
         """Where batches come from: `data`, unless the task makes something of it first."""
         del state, workdir
         return data
+
+    def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
+        """Pictures of what training starts with, where there is something to see; once a run."""
 
     def actions(
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path

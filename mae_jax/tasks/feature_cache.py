@@ -1,7 +1,6 @@
 """Features of a frozen encoder, computed once and kept in the workdir."""
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -19,6 +18,7 @@ from mae_jax.data import pipeline
 from mae_jax.data.sources import Source
 from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.distributed.sharding import state_sharding
+from mae_jax.interop.files import complete_or_absent
 from mae_jax.tasks.splits import Splits
 from mae_jax.train.checkpoints import fingerprint
 
@@ -77,7 +77,8 @@ class CachedFeatures:
             return arrays
         arrays = self._compute_all(source, frozen)
         if jax.process_index() == 0:
-            _write(path, {**arrays, "key": np.asarray(json.dumps(key))})
+            with complete_or_absent(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **arrays, key=np.asarray(json.dumps(key)))
         return arrays
 
     def _compute_all(self, source: Source, frozen: Any) -> dict[str, np.ndarray]:
@@ -151,14 +152,6 @@ def _read(path: pathlib.Path, key: str) -> dict[str, np.ndarray] | None:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         logging.warning("%s cannot be read (%s) and is computed again", path, error)
     return None
-
-
-def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
 
 
 class _Rows:

@@ -25,7 +25,7 @@ from mae_jax.models import flops
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.vit import drop_path_scale
 from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, create_encoder
-from mae_jax.tasks.pictures import Augmentations, Predictions
+from mae_jax.tasks.pictures import Predictions, draw_augmentations
 from mae_jax.tasks.splits import Splits
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
@@ -187,13 +187,16 @@ class Finetune(Task):
             super().description, pool=self.model.pool, classes=self.model.classes
         )
 
+    def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
+        """Training images as the model sees them."""
+        draw_augmentations(self, data, workdir / "augmentations.png")
+
     def actions(
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
     ) -> list[Action]:
-        """Pictures: what training images look like, once; predictions at intervals."""
+        """Pictures of predictions."""
         images, labels = data.eval_examples(config.pictures.count)
         names = data.train.class_names
-        Augmentations(self, data, workdir / "augmentations.png").draw()
         predictions = Predictions(self, images, labels, names, workdir / "predictions")
         return [Action(config.pictures.every, predictions)]
 

@@ -19,7 +19,13 @@ from mae_jax.data.preprocess import example_keys, normalize, random_flip
 from mae_jax.distributed.sharding import gather_params
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
-from mae_jax.models.classifier import BATCH_NORM_EPS, absorb_batch_norm, linear_head, pool_tokens
+from mae_jax.models.classifier import (
+    BATCH_NORM_EPS,
+    absorb_batch_norm,
+    linear_head,
+    pool_tokens,
+    probe_params,
+)
 from mae_jax.tasks.base import INIT, TRAIN, Task, create_encoder
 from mae_jax.tasks.feature_cache import CachedFeatures
 from mae_jax.tasks.finetune import classification_sums
@@ -177,13 +183,12 @@ class LinearProbe(Task):
         Batch norm is absorbed into the head. There is a place for such a head on the class token
         only; with mean pooling the encoder is written alone.
         """
-        weights, description = state.weights, self.description
-        if self.pool == "cls":
-            head = absorb_batch_norm(state.params["head"], state.statistics)
-            weights = {**weights, "head": jax.tree.map(np.asarray, head)}
+        weights = probe_params(state.weights, state.statistics, self.pool)
+        weights = jax.tree.map(np.asarray, weights)
+        description = self.description
+        if "head" in weights:
             description = dataclasses.replace(description, pool="cls", classes=self.classes)
         else:
-            weights = {"encoder": weights["encoder"]}
             logging.info(
                 "a head on mean tokens without a norm has no place in the export: encoder only"
             )

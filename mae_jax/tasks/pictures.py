@@ -81,36 +81,27 @@ class Predictions:
         visualize.save_png(sheet, self._directory / f"step_{step:08d}.png")
 
 
-class Augmentations:
+def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32) -> None:
     """Draws training images as the model sees them: cropped, augmented, erased, mixed.
+
+    They are spread over the batch of step 0, so of many mix groups.
 
     Args:
       task: `Finetune`.
       data: `Splits`.
       path: of the PNG.
     """
+    positions = local_positions(task.batch_size, task.mesh)
+    with data.train_batches(positions, 0, 1) as batches:
+        batch = next(batches)
+    arrays = {name: batch[name] for name in task.batch_arrays}
+    arrays = global_batch(arrays, positions, task.batch_size, task.mesh)
 
-    COUNT = 32
+    def some_images(batch: dict) -> jax.Array:
+        images, _, _ = task.augmented(batch, 0)
+        images = images[:: max(1, len(images) // count)][:count]
+        return denormalize(images, task.mean, task.std)
 
-    def __init__(self, task: Any, data: Any, path: pathlib.Path):
-        self._task = task
-        self._data = data
-        self._path = path
-
-    def draw(self) -> None:
-        """Writes the picture: images spread over the batch of step 0, so of many mix groups."""
-        task = self._task
-        positions = local_positions(task.batch_size, task.mesh)
-        with self._data.train_batches(positions, 0, 1) as batches:
-            batch = next(batches)
-        arrays = {name: batch[name] for name in task.batch_arrays}
-        arrays = global_batch(arrays, positions, task.batch_size, task.mesh)
-
-        def some_images(batch: dict) -> jax.Array:
-            images, _, _ = task.augmented(batch, 0)
-            images = images[:: max(1, len(images) // self.COUNT)][: self.COUNT]
-            return denormalize(images, task.mean, task.std)
-
-        images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
-        if jax.process_index() == 0:
-            visualize.save_png(visualize.image_grid(np.asarray(images)), self._path)
+    images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
+    if jax.process_index() == 0:
+        visualize.save_png(visualize.image_grid(np.asarray(images)), path)

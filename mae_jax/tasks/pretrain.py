@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -36,8 +37,6 @@ class Pretrain(Task):
       mesh: where steps run.
     """
 
-    batch_fields = ("image",)
-
     def __init__(self, config: ConfigDict, examples: int, classes: int | None, mesh: Mesh):
         super().__init__(config, examples, create_encoder(config), mesh)
         self.model = create_mae(
@@ -57,6 +56,11 @@ class Pretrain(Task):
             weight_decay=config.optim.weight_decay,
             clip_norm=config.optim.clip_norm,
         )
+
+    @property
+    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape (without the batch axis) and type of what a step takes: no labels."""
+        return {"image": (self.image_shape, np.uint8)}
 
     @property
     def train_flops_per_image(self) -> int:
