@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.masking import SAMPLERS, num_kept
 from mae_jax.models.targets import TARGETS
@@ -25,7 +26,7 @@ BAD_RECORDS = ("stop", "skip")
 INIT_PARTS = ("all", "encoder")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot run; the message names the field and the remedy."""
 
 

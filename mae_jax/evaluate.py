@@ -36,15 +36,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mae_jax import UserError
 from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
-from mae_jax.interop import arguments
-from mae_jax.interop.build import classify_function, model_params
-from mae_jax.interop.checkpoint import Checkpoint
-from mae_jax.interop.files import read_json, write_atomically
-from mae_jax.robustness import (
+from mae_jax.evaluators.robustness import (
     ALEXNET_ERRORS,
     BENCHMARKS,
     Benchmark,
@@ -53,13 +50,17 @@ from mae_jax.robustness import (
     occurring_classes,
     require_present,
 )
-from mae_jax.tasks.finetune import classification_sums
+from mae_jax.interop import arguments
+from mae_jax.interop.build import classify_function, model_params
+from mae_jax.interop.checkpoint import Checkpoint
+from mae_jax.models.classifier import classification_sums
+from mae_jax.storage.files import read_json, write_atomically
 
 COLUMNS = ("weights", "data", "images", "top-1 %", "top-5 %", "loss", "mCE %")
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """An evaluation that cannot run; the message gives the remedy."""
 
 

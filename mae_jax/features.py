@@ -30,19 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from mae_jax import UserError
 from mae_jax.data.folder import EXTENSIONS
 from mae_jax.data.record import Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
 from mae_jax.interop import arguments
 from mae_jax.interop.build import features_function, model_params
-from mae_jax.interop.files import complete_or_absent, write_atomically
+from mae_jax.storage.files import complete_or_absent, write_atomically
 
 KINDS = ("cls", "mean", "tokens", "logits")
 BATCHES_PER_PART = 16
 
 
-class FeaturesError(ValueError):
+class FeaturesError(UserError):
     """An extraction that cannot run; the message gives the remedy."""
 
 

@@ -22,19 +22,20 @@ from ml_collections import ConfigDict, config_flags
 
 import mae_jax
 from mae_jax import config as config_lib
+from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed import startup
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
-from mae_jax.interop.files import write_atomically
+from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.load import load_into
 from mae_jax.results import write_results
+from mae_jax.storage.checkpoints import CheckpointError, Checkpoints
+from mae_jax.storage.files import write_atomically
 from mae_jax.tasks import create_task
 from mae_jax.tasks.base import Task
-from mae_jax.tasks.splits import Splits
-from mae_jax.train.checkpoints import CheckpointError, Checkpoints
 from mae_jax.train.loop import Action, NonFiniteLossError, train
 from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.report import Evaluation, Reporter
+from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
 from mae_jax.train.step import compile_step
 

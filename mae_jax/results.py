@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_jax.config import FREE_FIELDS, flatten, image_size
-from mae_jax.interop.files import read_json, write_atomically
+from mae_jax.storage.files import read_json, write_atomically
 from mae_jax.train.metrics import read_metrics
 
 COLUMNS = (

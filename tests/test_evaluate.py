@@ -17,17 +17,17 @@ from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.evaluate import EvaluationError, Scorer, choose_benchmark
+from mae_jax.evaluators.robustness import ALEXNET_ERRORS, BENCHMARKS, corrupted, corruption_errors
 from mae_jax.interop.build import build_classifier, classify_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
-from mae_jax.robustness import ALEXNET_ERRORS, BENCHMARKS, corrupted, corruption_errors
 
 CLASSES = 8  # as the embedded data has
 MODEL = Description((32, 32), 8, 3, 32, 1, 4, pool="mean", classes=CLASSES)
 
 # AlexNet's top-1 error at severities 1 to 5 of ImageNet-C, from another source than the means in
-# `mae_jax.robustness`.
+# `mae_jax.evaluators.robustness`.
 ALEXNET_BY_SEVERITY = {
     "gaussian_noise": (0.69528, 0.82542, 0.93554, 0.98138, 0.99452),
     "shot_noise": (0.71224, 0.85108, 0.93574, 0.98182, 0.99146),

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from mae_jax import config as config_lib
 from mae_jax.config import ConfigError, validate
-from mae_jax.tasks.splits import Splits
+from mae_jax.data.splits import Splits
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 

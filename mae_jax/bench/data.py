@@ -22,8 +22,8 @@ from PIL import Image
 from mae_jax.config import validate
 from mae_jax.data.pipeline import example_index, example_rng, train_batches
 from mae_jax.data.sources import Record, Source
+from mae_jax.data.splits import Splits
 from mae_jax.data.transforms import TrainTransform
-from mae_jax.tasks.splits import Splits
 
 ROUNDS = 7
 STEPS = 4  # batches in a round

@@ -7,12 +7,14 @@ from typing import Protocol
 
 import numpy as np
 
+from mae_jax import UserError
 
-class DecodeError(ValueError):
+
+class DecodeError(UserError):
     """A record that cannot be turned into a picture. The message names the record."""
 
 
-class LabelError(ValueError):
+class LabelError(UserError):
     """A label outside the classes of its data set. The message names the record."""
 
 

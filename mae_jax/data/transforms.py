@@ -1,6 +1,6 @@
 """From a record to pixels, on the host: decode, crop, resize. Numpy in, uint8 out.
 
-The horizontal flip and the normalisation happen on the device (`mae_jax.data.preprocess`).
+The horizontal flip and the normalisation happen on the device (`mae_jax.augment.pixels`).
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+from mae_jax import UserError
 from mae_jax.interop.names import Tensors, is_decoder
 from mae_jax.models.targets import TARGETS
 from mae_jax.models.vit import VARIANTS
@@ -21,7 +22,7 @@ _HEADS = {shape.width: shape.heads for shape in VARIANTS.values()}
 _DECODER_HEADS = {512: 16}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that cannot be used as asked; the message names the file and the remedy."""
 
 

@@ -16,10 +16,11 @@ import orbax.checkpoint as ocp
 
 from mae_jax.interop.card import model_card
 from mae_jax.interop.description import Description, WeightsError
-from mae_jax.interop.files import save_safetensors, write_atomically
 from mae_jax.interop.names import to_hugging_face
+from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
+from mae_jax.storage.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"

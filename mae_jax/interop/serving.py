@@ -16,7 +16,7 @@ from mae_jax.interop.card import model_card
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import CARD_FILE
-from mae_jax.interop.files import write_atomically
+from mae_jax.storage.files import write_atomically
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FILE = "model.stablehlo"

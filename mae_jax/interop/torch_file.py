@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mae_jax import UserError
+
 # In the order in which containers name their state dict: MAE and timm, Lightning and others.
 _STATE_DICT_KEYS = ("model", "state_dict")
 
@@ -33,7 +35,7 @@ _STORAGE_DTYPES = {
 }
 
 
-class TorchFileError(ValueError):
+class TorchFileError(UserError):
     """A file that is damaged, or that is not plain data."""
 
 

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from mae_jax.models.vit import ViT, layer_norm
 
@@ -86,3 +87,28 @@ def probe_params(params: dict, statistics: dict, pool: str) -> dict:
 def linear_head(head: dict, x: jax.Array) -> jax.Array:
     """Logits [..., K] of features [..., D], in full float32 on accelerators too."""
     return jnp.dot(x, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]
+
+
+def classification_sums(
+    logits: jax.Array, labels: jax.Array, weight: jax.Array
+) -> dict[str, jax.Array]:
+    """Summed cross entropy, top-1 and top-5 hits and count of examples, each times its weight.
+
+    Of classes that score the same the first counts as higher, as for `argmax`; where a score is
+    NaN nothing is a hit.
+
+    Args:
+      logits: [B, K] float32.
+      labels: [B] int32.
+      weight: [B], 0 for padding.
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [B]
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
+    first = jnp.arange(logits.shape[1]) < labels[:, None]  # [B, K]
+    rank = (~(logits <= own) | ((logits == own) & first)).sum(axis=1)  # [B], 0 = best
+    return {
+        "loss": (loss * weight).sum(),
+        "top1": ((rank < 1) * weight).sum(),
+        "top5": ((rank < 5) * weight).sum(),
+        "weight": weight.sum(),
+    }

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
+from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.interop.description import Description
 from mae_jax.models.vit import ViT, create_vit
-from mae_jax.tasks.splits import Splits
 from mae_jax.train import optimizers
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState

@@ -15,18 +15,18 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data.mixing import mix, random_erasing, soft_targets
-from mae_jax.data.preprocess import example_keys, normalize, random_flip
+from mae_jax.augment.mixing import mix, random_erasing, soft_targets
+from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.distributed.sharding import gather_params, state_sharding
 from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
-from mae_jax.models.classifier import Classifier
+from mae_jax.models.classifier import Classifier, classification_sums
 from mae_jax.models.vit import drop_path_scale
+from mae_jax.pictures.in_training import Predictions, draw_augmentations
 from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, create_encoder
-from mae_jax.tasks.pictures import Predictions, draw_augmentations
-from mae_jax.tasks.splits import Splits
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
@@ -203,26 +203,3 @@ class Finetune(Task):
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the classifier of a host-side `state` for others to load, with a card."""
         export_encoder(state.weights, directory, self.description, facts)
-
-
-def classification_sums(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> Metrics:
-    """Summed cross entropy, top-1 and top-5 hits and count of examples, each times its weight.
-
-    Of classes that score the same the first counts as higher, as for `argmax`; where a score is
-    NaN nothing is a hit.
-
-    Args:
-      logits: [B, K] float32.
-      labels: [B] int32.
-      weight: [B], 0 for padding.
-    """
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [B]
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
-    first = jnp.arange(logits.shape[1]) < labels[:, None]  # [B, K]
-    rank = (~(logits <= own) | ((logits == own) & first)).sum(axis=1)  # [B], 0 = best
-    return {
-        "loss": (loss * weight).sum(),
-        "top1": ((rank < 1) * weight).sum(),
-        "top5": ((rank < 5) * weight).sum(),
-        "weight": weight.sum(),
-    }

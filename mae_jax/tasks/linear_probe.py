@@ -15,21 +15,21 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data.preprocess import example_keys, normalize, random_flip
+from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params
+from mae_jax.evaluators.feature_cache import CachedFeatures
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.classifier import (
     BATCH_NORM_EPS,
     absorb_batch_norm,
+    classification_sums,
     linear_head,
     pool_tokens,
     probe_params,
 )
 from mae_jax.tasks.base import INIT, TRAIN, Task, create_encoder
-from mae_jax.tasks.feature_cache import CachedFeatures
-from mae_jax.tasks.finetune import classification_sums
-from mae_jax.tasks.splits import Splits
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter

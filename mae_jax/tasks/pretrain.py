@@ -10,17 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data.preprocess import example_keys, normalize, random_flip
+from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params, state_sharding
+from mae_jax.evaluators.online_probe import Probe
 from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.mae import create_mae
 from mae_jax.models.masking import Masking, sample_masking
+from mae_jax.pictures.in_training import Reconstructions
 from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, create_encoder
-from mae_jax.tasks.online_probe import Probe
-from mae_jax.tasks.pictures import Reconstructions
-from mae_jax.tasks.splits import Splits
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter

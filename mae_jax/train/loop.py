@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import tqdm
 from absl import logging
 
+from mae_jax import UserError
 from mae_jax.train.state import Metrics, TrainState
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError):
     """The loss or the gradient norm became NaN or infinite."""
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from small_models import SMALL, classifier_params
 
 from mae_jax import export, features
+from mae_jax.augment.pixels import normalize
 from mae_jax.config import default_config, validate
-from mae_jax.data.preprocess import normalize
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.interop.build import (
     build_classifier,
@@ -26,13 +26,13 @@ from mae_jax.interop.build import (
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import export_encoder
-from mae_jax.interop.files import save_safetensors
 from mae_jax.interop.load import load_into
+from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import to_official
 from mae_jax.models.vit import sincos_position_table
+from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.tasks.finetune import Finetune
 from mae_jax.tasks.linear_probe import LinearProbe
-from mae_jax.train.checkpoints import Checkpoints
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CLASSES = 6

@@ -14,7 +14,7 @@ from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import export_official
-from mae_jax.train.checkpoints import Checkpoints
+from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.state import TrainState
 
 

@@ -20,8 +20,8 @@ from mae_jax.interop.export import (
     export_official,
     export_orbax,
 )
-from mae_jax.interop.files import read_tensors
 from mae_jax.interop.serving import export_stablehlo
+from mae_jax.interop.tensor_files import read_tensors
 from mae_jax.interop.weights import from_official, to_official
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

@@ -17,9 +17,9 @@ from mae_jax.interop.export import (
     export_official,
     export_orbax,
 )
-from mae_jax.interop.files import read_tensors, save_safetensors
 from mae_jax.interop.load import load_into
 from mae_jax.interop.names import to_hugging_face
+from mae_jax.interop.tensor_files import read_tensors, save_safetensors
 from mae_jax.interop.weights import to_official
 from mae_jax.models.vit import sincos_position_table
 

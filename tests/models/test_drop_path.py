@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.data.preprocess import example_keys
+from mae_jax.augment.pixels import example_keys
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.vit import LAYER_NORM_EPS, Block, Blocks, ViT, drop_path_scale
 

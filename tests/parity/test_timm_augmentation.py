@@ -9,8 +9,9 @@ import pytest
 from parity_models import import_timm
 from PIL import Image
 
-from mae_jax.data import mixing, randaugment
-from mae_jax.data.preprocess import example_keys
+from mae_jax.augment import mixing
+from mae_jax.augment.pixels import example_keys
+from mae_jax.data import randaugment
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
 timm = import_timm()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from parity_models import import_timm
 
-from mae_jax.data.preprocess import example_keys
+from mae_jax.augment.pixels import example_keys
 from mae_jax.models.vit import drop_path_scale
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
+from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.tasks import create_task
-from mae_jax.tasks.splits import Splits
 
 
 def make(config, devices=1, data=-1, fsdp=1):

@@ -8,7 +8,7 @@ import pytest
 from task_runs import assert_close, make, run_steps
 
 from mae_jax.distributed.sharding import abstract_state, shardings_of
-from mae_jax.train.report import Evaluation
+from mae_jax.evaluators.means import Evaluation
 
 LAYOUTS = [(8, 8, 1, 1), (8, 1, 8, 1), (8, 2, 4, 1), (4, 2, 2, 2)]
 

@@ -5,8 +5,7 @@ import pytest
 from task_runs import make, run_steps
 
 from mae_jax.config import ConfigError
-from mae_jax.models.classifier import pool_tokens
-from mae_jax.tasks.finetune import classification_sums
+from mae_jax.models.classifier import classification_sums, pool_tokens
 
 # Without what takes long to compile and has its own tests.
 PLAIN = {

@@ -5,8 +5,8 @@ from task_runs import make, run_steps
 
 from mae_jax.data.pipeline import example_index
 from mae_jax.distributed import mesh as mesh_lib
+from mae_jax.evaluators.feature_cache import CachedFeatures
 from mae_jax.models.classifier import absorb_batch_norm
-from mae_jax.tasks.feature_cache import CachedFeatures
 
 CACHED = {"data__crop": "centre", "data__flip": False}
 

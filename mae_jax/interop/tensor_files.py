@@ -1,11 +1,8 @@
-"""Reading and writing files of tensors. Nothing in a file is ever executed."""
+"""Files of tensors. Nothing in a file is ever executed."""
 
-import contextlib
 import json
-import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +12,7 @@ import safetensors.numpy
 from mae_jax.interop.description import WeightsError
 from mae_jax.interop.names import Tensors
 from mae_jax.interop.torch_file import TorchFileError, read_torch
+from mae_jax.storage.files import complete_or_absent
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -36,40 +34,6 @@ def save_safetensors(
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     with complete_or_absent(path) as temporary:
         safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
-
-
-def write_atomically(path: str | pathlib.Path, content: bytes | str) -> None:
-    """Writes a file that is complete or absent, making its folder where needed."""
-    with complete_or_absent(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-@contextlib.contextmanager
-def complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path, whose file becomes `path` if the block ends without an error."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: str | pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      WeightsError: it is not one.
-    """
-    try:
-        content = json.loads(pathlib.Path(path).read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: not a JSON object")
-    return content
 
 
 def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

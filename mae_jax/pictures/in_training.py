@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mae_jax import visualize
-from mae_jax.data.preprocess import denormalize
+from mae_jax.augment.pixels import denormalize
 from mae_jax.distributed.mesh import global_batch, local_positions, replicate, replicated
+from mae_jax.pictures import grids
 from mae_jax.train.state import TrainState
 
 
@@ -33,7 +33,7 @@ class Reconstructions:
         predictions, mask = self._reconstruct(state, replicate(self._images, self._task.mesh))
         if jax.process_index() != 0:
             return
-        sheet = visualize.reconstruction_grid(
+        sheet = grids.reconstruction_grid(
             self._images,
             np.asarray(predictions),
             np.asarray(mask),
@@ -42,7 +42,7 @@ class Reconstructions:
             mean=self._task.mean,
             std=self._task.std,
         )
-        visualize.save_png(sheet, self._directory / f"step_{step:08d}.png")
+        grids.save_png(sheet, self._directory / f"step_{step:08d}.png")
 
 
 class Predictions:
@@ -75,10 +75,10 @@ class Predictions:
         probabilities = self._probabilities(state, replicate(self._images, self._mesh))
         if jax.process_index() != 0:
             return
-        sheet = visualize.prediction_grid(
+        sheet = grids.prediction_grid(
             self._images, self._labels, np.asarray(probabilities), self._names
         )
-        visualize.save_png(sheet, self._directory / f"step_{step:08d}.png")
+        grids.save_png(sheet, self._directory / f"step_{step:08d}.png")
 
 
 def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32) -> None:
@@ -104,4 +104,4 @@ def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32
 
     images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
     if jax.process_index() == 0:
-        visualize.save_png(visualize.image_grid(np.asarray(images)), path)
+        grids.save_png(grids.image_grid(np.asarray(images)), path)

@@ -11,18 +11,18 @@ import numpy as np
 import optax
 import pytest
 
+from mae_jax.augment.pixels import normalize
 from mae_jax.config import ConfigError, default_config
-from mae_jax.data.preprocess import normalize
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, place
 from mae_jax.distributed.sharding import abstract_state, gather_params, shardings_of
+from mae_jax.evaluators import online_probe as probe_module
+from mae_jax.evaluators.online_probe import Probe
+from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.vit import ViT
-from mae_jax.tasks import online_probe as probe_module
-from mae_jax.tasks.online_probe import Probe
 from mae_jax.train.metrics import MetricsWriter, read_metrics
-from mae_jax.train.probes import knn_accuracy, ridge_probe
 from mae_jax.train.state import create_state
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.data.mixing import cutmix_box, mix, random_erasing, soft_targets
-from mae_jax.data.preprocess import example_keys
+from mae_jax.augment.mixing import cutmix_box, mix, random_erasing, soft_targets
+from mae_jax.augment.pixels import example_keys
 from mae_jax.distributed.mesh import batch_sharding, make_mesh
 
 RECIPE = {

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.data.preprocess import (
+from mae_jax.augment.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     denormalize,

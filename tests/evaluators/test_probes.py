@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mae_jax.train.probes import PENALTIES, knn_accuracy, ridge_probe
+from mae_jax.evaluators.probes import PENALTIES, knn_accuracy, ridge_probe
 
 
 def clusters(n, m, d=12, classes=4, spread=0.6, seed=0):

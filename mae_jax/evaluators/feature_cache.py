@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from mae_jax.data import pipeline
 from mae_jax.data.sources import Source
+from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.distributed.sharding import state_sharding
-from mae_jax.interop.files import complete_or_absent
-from mae_jax.tasks.splits import Splits
-from mae_jax.train.checkpoints import fingerprint
+from mae_jax.storage.checkpoints import fingerprint
+from mae_jax.storage.files import complete_or_absent
 
 LOG_EVERY_SECONDS = 30.0
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax.train.checkpoints import CheckpointError, Checkpoints, fingerprint
+from mae_jax.storage.checkpoints import CheckpointError, Checkpoints, fingerprint
 
 
 def state_at(step, sharding=None):

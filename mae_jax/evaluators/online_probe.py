@@ -17,9 +17,9 @@ from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.distributed.sharding import abstract_state, shardings_of
+from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.probes import knn_accuracy, ridge_probe
 from mae_jax.train.state import TrainState
 
 # Decoded pictures that take no more than this in a process are kept between probes (5,000 of
@@ -29,7 +29,7 @@ LABELS_READ_AT_START = 64  # of each part
 
 
 class Probe:
-    """Measures the encoder by `train.probes.ridge_probe` on fixed, labelled examples.
+    """Measures the encoder by `ridge_probe` on fixed, labelled examples.
 
     Writes ``probe/top1``, ``probe/top1_untrained`` (the same probe on the encoder this run's seed
     initialises, computed at the first call, whatever the run started or resumed from),

@@ -22,7 +22,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_cycles_and_collectives_of_a_loop_count_as_often_as_it_runs(monkeypatch):
-    from mae_jax.distributed import plan
+    from mae_jax import plan
 
     cycles, collectives = plan.read_program(PROGRAM)
     assert cycles == 1000 + 24 * 15
@@ -31,7 +31,7 @@ def test_cycles_and_collectives_of_a_loop_count_as_often_as_it_runs(monkeypatch)
 
 def test_a_step_compiles_for_an_absent_pod(tiny_config, monkeypatch):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
-    from mae_jax.distributed import plan
+    from mae_jax import plan
 
     tiny_config.compute_dtype = "bfloat16"
     tiny_config.mesh.fsdp = 2

@@ -1,0 +1,131 @@
+"""Compiles a recipe's step for a TPU pod that is not there: does it fit, how fast might it go.
+
+    python -m mae_jax.plan --config=configs/pretrain.py:vit_l \\
+        --topology=v5e:4x4 --config.batch_size=512
+
+Runs on any CPU with the TPU compiler installed (`pip install "mae_jax[plan]"`). Memory and
+collectives are what the pod's executable has; cycles are the compiler's estimate, good for
+comparing layouts, not for predicting hours. Data is not read; its size only sets the schedule.
+"""
+
+import collections
+import os
+import re
+import sys
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU here: do not look for its metadata
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device to guard either
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict, config_flags
+
+from mae_jax import config as config_lib
+from mae_jax.distributed import mesh as mesh_lib
+from mae_jax.distributed.sharding import abstract_state, bytes_per_device
+from mae_jax.tasks import create_task
+from mae_jax.train.step import lower_step
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Generation and chip grid, e.g. v5p:4x4x4")
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan; exit status 2 when the step does not fit or the config cannot run."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    try:
+        report = plan(_CONFIG.value, _TOPOLOGY.value)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        print(f"error: {str(error)[:2000]}", file=sys.stderr)
+        sys.exit(2)
+    for name, value in report.items():
+        print(f"{name:>28}: {value}")
+
+
+def plan(config: ConfigDict, topology: str) -> dict[str, object]:
+    """Compiles the training step for `topology`: what it needs, as {what: figure}.
+
+    Raises:
+      ValueError: a config that cannot run on that many devices.
+      jax.errors.JaxRuntimeError: unknown topology, or the compiler ran out of the chips' memory.
+    """
+    config_lib.validate(config)
+    devices = list(topologies.get_topology_desc(topology, "tpu").devices)
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
+    task = create_task(config, IMAGENET_TRAIN_IMAGES, config.head.classes or 1000, mesh)
+    abstract = abstract_state(task.init, mesh)
+    start = time.time()
+    compiled = lower_step(task, abstract).compile()
+    seconds = time.time() - start
+    memory = compiled.memory_analysis()
+    cycles, collectives = read_program(compiled.as_text())
+    images = config.batch_size // mesh.size
+    return {
+        "devices": f"{mesh.size} {devices[0].device_kind}",
+        "mesh": f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
+        "images a device": images,
+        "state a device": f"{bytes_per_device(abstract) / 1e9:.2f} GB",
+        "working memory a device": f"{memory.temp_size_in_bytes / 1e9:.2f} GB",
+        "peak memory a device": f"{memory.peak_memory_in_bytes / 1e9:.2f} GB",
+        "estimated cycles a step": f"{cycles / 1e6:.1f} M",
+        "model FLOP a cycle": f"{images * task.train_flops_per_image / cycles:.0f}",
+        "collectives": ", ".join(f"{n} {name}" for name, n in collectives.items()) or "none",
+        "compile time": f"{seconds:.0f} s",
+    }
+
+
+def read_program(text: str) -> tuple[int, dict[str, int]]:
+    """Estimated cycles and executed collectives of a compiled TPU program's text.
+
+    A `while` body counts as often as it runs: the constant its condition compares with.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            computations[name].append(line)
+
+    def trips(condition: str) -> int:
+        constants = re.findall(
+            r"s32\[\][^=]* constant\((\d+)\)", "\n".join(computations[condition])
+        )
+        return max(map(int, constants), default=1)
+
+    def walk(computation: str) -> tuple[int, collections.Counter]:
+        cycles, collectives = 0, collections.Counter()
+        for line in computations[computation]:
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+            cycles += int(estimate[1]) if estimate else 0
+            operation = re.search(r"= .*? ([a-z\-]+)\(", line)
+            kind = operation[1].removesuffix("-start") if operation else ""
+            if kind in COLLECTIVES:
+                collectives[kind] += 1
+            loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                inner_cycles, inner = walk(loop[2])
+                count = trips(loop[1])
+                cycles += count * inner_cycles
+                collectives.update({k: count * v for k, v in inner.items()})
+        return cycles, collectives
+
+    cycles, collectives = walk(entry)
+    return cycles, dict(collectives)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config"])
+    app.run(main)
