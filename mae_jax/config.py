@@ -28,10 +28,6 @@ BAD_RECORDS = ("stop", "skip")
 INIT_PARTS = ("all", "encoder")
 
 
-class ConfigError(UserError):
-    """A config that cannot run; the message names the field and the remedy."""
-
-
 def default_config() -> ConfigDict:
     """The paper's pretraining recipe for ViT-B (table 8, mae.md 2.1), every field present.
 
@@ -294,7 +290,7 @@ def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tup
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ConfigError(message)
+        raise UserError(message)
 
 
 def _require_choice(config: ConfigDict, field: str, choices: Any) -> None:
@@ -303,7 +299,7 @@ def _require_choice(config: ConfigDict, field: str, choices: Any) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises ConfigError for a config that no data set and no machine could run.
+    """Raises UserError for a config that no data set and no machine could run.
 
     Checked by their types and locks elsewhere: unknown fields (ml_collections), the data
     directory (`data.sources`), the fit of batch and mesh (`distributed.mesh`).
@@ -387,7 +383,7 @@ def _validate_use(config: ConfigDict) -> None:
     defaults, values = flatten(default_config().to_dict()), flatten(config.to_dict())
     for field, value in values.items():
         if value != defaults[field] and field.startswith(UNUSED_FIELDS[config.task]):
-            raise ConfigError(
+            raise UserError(
                 f"{field} = {value!r}: task {config.task} has no use for this field; leave it at "
                 f"{defaults[field]!r}"
             )

@@ -60,10 +60,6 @@ COLUMNS = ("weights", "data", "images", "top-1 %", "top-5 %", "loss", "mCE %")
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-class EvaluationError(UserError):
-    """An evaluation that cannot run; the message gives the remedy."""
-
-
 class Scorer:
     """Scores data sets with one classifier.
 
@@ -73,7 +69,7 @@ class Scorer:
       mesh: whose devices share each batch; None for all.
 
     Raises:
-      WeightsError: the weights have no head.
+      UserError: the weights have no head.
     """
 
     def __init__(
@@ -101,15 +97,15 @@ class Scorer:
         self._score = score
 
     def check(self, source: Source) -> None:
-        """Raises EvaluationError where labels are missing or are not the classifier's."""
+        """Raises UserError where labels are missing or are not the classifier's."""
         where = f"{source.name}, split {source.split},"
         if source.num_classes is None or source[0].label < 0:
-            raise EvaluationError(
+            raise UserError(
                 f"{where} has no labels: choose a labelled data set and split; a folder needs one "
                 "sub-folder a class"
             )
         if source.num_classes != self._description.classes:
-            raise EvaluationError(
+            raise UserError(
                 f"{where} has {source.num_classes} classes, the classifier has "
                 f"{self._description.classes}: evaluate on the data set it was trained for"
             )
@@ -123,7 +119,7 @@ class Scorer:
 
         Raises:
           DecodeError, LabelError: a record that cannot be read or labelled, by name.
-          EvaluationError: the loss is not finite.
+          UserError: the loss is not finite.
         """
         classes = self._description.classes
         chosen = np.arange(classes, dtype=np.int32)
@@ -161,7 +157,7 @@ class Scorer:
         count = totals.pop("weight")
         scores = {name: total / count for name, total in totals.items()}
         if not math.isfinite(scores["loss"]):
-            raise EvaluationError(f"{source.name}: the loss is {scores['loss']}; try float32")
+            raise UserError(f"{source.name}: the loss is {scores['loss']}; try float32")
         return {**scores, "examples": int(count), "classes": len(chosen)}
 
 
@@ -188,7 +184,7 @@ def evaluate(
       all corruptions were run, and "markdown", a row below `HEADER`. Accuracies are fractions.
 
     Raises:
-      FileNotFoundError, WeightsError, EvaluationError, DecodeError, LabelError: what is wrong with
+      FileNotFoundError, UserError, UserError, DecodeError, LabelError: what is wrong with
         the weights, the data or the options.
     """
     if len(benchmark.data) > 1 and data_dir:
@@ -231,11 +227,11 @@ def _sets_done(output: str, settings: dict[str, Any]) -> dict[str, dict[str, flo
     if not output or not pathlib.Path(output).exists():
         return {}
     if pathlib.Path(output).is_dir():
-        raise EvaluationError(f"--output={output}: is a folder; give a file")
+        raise UserError(f"--output={output}: is a folder; give a file")
     old = read_json(output)
     there = old.get("settings", {})
     if differing := [name for name in settings if there.get(name) != settings[name]]:
-        raise EvaluationError(
+        raise UserError(
             f"--output={output}: the file holds another evaluation (other {', '.join(differing)}); "
             "delete it, or choose another"
         )
@@ -288,14 +284,14 @@ def choose_benchmark(data: str, split: str, robustness: str, corruptions: str) -
     """What the command line asks for.
 
     Raises:
-      EvaluationError: options that contradict each other.
+      UserError: options that contradict each other.
     """
     if bool(data) == bool(robustness):
-        raise EvaluationError("give one of --data and --robustness")
+        raise UserError("give one of --data and --robustness")
     if corruptions and robustness != "c":
-        raise EvaluationError("--corruptions belongs to --robustness=c")
+        raise UserError("--corruptions belongs to --robustness=c")
     if robustness and split:
-        raise EvaluationError("--split belongs to --data; a benchmark has its own")
+        raise UserError("--split belongs to --data; a benchmark has its own")
     if data:
         return Benchmark((data,), split or "validation")
     benchmark = BENCHMARKS[robustness]
@@ -303,7 +299,7 @@ def choose_benchmark(data: str, split: str, robustness: str, corruptions: str) -
         return benchmark
     names = list(dict.fromkeys(corruptions.split(",")))
     if unknown := [name for name in names if name not in ALEXNET_ERRORS]:
-        raise EvaluationError(
+        raise UserError(
             f"--corruptions: there is no {', '.join(unknown)}; choose from "
             + ", ".join(ALEXNET_ERRORS)
         )

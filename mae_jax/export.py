@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from mae_jax import UserError
 from mae_jax.interop import arguments, export, serving
 
 _EXPORTERS: dict[str, export.Exporter] = {
@@ -38,12 +39,12 @@ def run(
       licence: of the weights, for the model card.
 
     Raises:
-      WeightsError, FileNotFoundError: see `open_checkpoint`; or the format cannot hold the model.
+      UserError, FileNotFoundError: see `open_checkpoint`; or the format cannot hold the model.
       FileExistsError: `output` holds something.
     """
     directory = pathlib.Path(output)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"--output={output}: exists and is not empty; choose another folder")
+        raise UserError(f"--output={output}: exists and is not empty; choose another folder")
     checkpoint = arguments.open_weights(source, known)
     facts = dict(checkpoint.facts)
     if licence:

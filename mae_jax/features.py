@@ -43,10 +43,6 @@ KINDS = ("cls", "mean", "tokens", "logits")
 BATCHES_PER_PART = 16
 
 
-class FeaturesError(UserError):
-    """An extraction that cannot run; the message gives the remedy."""
-
-
 def list_images(folder: str | pathlib.Path) -> list[str]:
     """Paths of all pictures below `folder`, relative to it, sorted.
 
@@ -55,7 +51,7 @@ def list_images(folder: str | pathlib.Path) -> list[str]:
     """
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"--images: there is no folder {root}")
+        raise UserError(f"--images: there is no folder {root}")
     names = sorted(
         str(pathlib.Path(place, file).relative_to(root))
         for place, _, files in os.walk(root)
@@ -63,7 +59,7 @@ def list_images(folder: str | pathlib.Path) -> list[str]:
         if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
     )
     if not names:
-        raise FileNotFoundError(f"--images: no picture below {root} ({' '.join(EXTENSIONS)})")
+        raise UserError(f"--images: no picture below {root} ({' '.join(EXTENSIONS)})")
     return names
 
 
@@ -86,17 +82,17 @@ def extract(
       known: see `open_checkpoint`.
 
     Raises:
-      FileNotFoundError, WeightsError: bad weights or no pictures.
-      FeaturesError: `output` is not an .npz, its parts belong to another extraction, or there are
+      FileNotFoundError, UserError: bad weights or no pictures.
+      UserError: `output` is not an .npz, its parts belong to another extraction, or there are
         no logits.
       DecodeError: a picture that cannot be read, by name.
     """
     path = pathlib.Path(output)
     if path.suffix != ".npz":
-        raise FeaturesError(f"--output={output}: the result is an .npz file")
+        raise UserError(f"--output={output}: the result is an .npz file")
     mesh = make_mesh()
     if batch_size < 1:
-        raise FeaturesError(f"--batch_size={batch_size}: needs at least 1")
+        raise UserError(f"--batch_size={batch_size}: needs at least 1")
     batch_size = math.ceil(batch_size / mesh.size) * mesh.size
     names = list_images(images)
     checkpoint = arguments.open_weights(weights, known)
@@ -104,7 +100,7 @@ def extract(
     kinds = kinds or (d.pool or "cls",)
     features = features_function(d, block=block, dtype=jnp.dtype(dtype))
     if "logits" in kinds and not (d.classes and block in (0, d.depth)):
-        raise FeaturesError("--kind=logits: needs a classifier, and all of its blocks")
+        raise UserError("--kind=logits: needs a classifier, and all of its blocks")
     params = replicate(model_params(checkpoint), mesh)
     plan = {
         "weights": checkpoint.digest(),
@@ -179,7 +175,7 @@ def _open_parts(parts: pathlib.Path, plan: dict[str, Any]) -> None:
     if file.is_file():
         old = json.loads(file.read_text())
         if differing := sorted(key for key in plan if old.get(key) != plan[key]):
-            raise FeaturesError(
+            raise UserError(
                 f"{parts} holds parts of another extraction (other {', '.join(differing)}). "
                 "Delete it, or choose another --output"
             )

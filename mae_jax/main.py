@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, config_flags
 
 import mae_jax
+from mae_jax import UserError
 from mae_jax import config as config_lib
 from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
@@ -29,11 +30,11 @@ from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shard
 from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.load import load_into
 from mae_jax.results import write_results
-from mae_jax.storage.checkpoints import CheckpointError, Checkpoints
+from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.storage.files import write_atomically
 from mae_jax.tasks import create_task
 from mae_jax.tasks.base import Task
-from mae_jax.train.loop import Action, NonFiniteLossError, train
+from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     try:
         startup.initialize()
         run(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError, ImportError, CheckpointError, NonFiniteLossError) as error:
+    except (ValueError, OSError, ImportError, UserError) as error:
         logging.debug("traceback", exc_info=True)
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)
@@ -192,18 +193,18 @@ def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mes
 
 
 def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None:
-    """Raises ConfigError where a checkpoint belongs to another run."""
+    """Raises UserError where a checkpoint belongs to another run."""
     differing = config_lib.differing_fields(record["config"], config)
     if differing:
         lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items()]
-        raise config_lib.ConfigError(
+        raise UserError(
             "the workdir holds checkpoints of another config:\n"
             + "\n".join(lines)
             + "\nGive these fields their old values to continue, or choose a new --workdir."
         )
     examples = record["data"]["examples"]
     if examples != len(data.train):
-        raise config_lib.ConfigError(
+        raise UserError(
             f"data.dir: the checkpoint was trained on {examples} examples, {data.train.name} "
             f"{data.train.split} now has {len(data.train)}; the order would not be the same. "
             "Restore the data, or choose a new --workdir."

@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import FREE_FIELDS, flatten, image_size
 from mae_jax.storage.files import read_json, write_atomically
 from mae_jax.train.metrics import read_metrics
@@ -107,7 +108,7 @@ def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     path = pathlib.Path(workdir) / "results.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{path}: there is no such file. A run of finetune, scratch or linear_probe writes it "
             "when it has finished; the command that started the run continues it"
         )

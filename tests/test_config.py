@@ -4,8 +4,9 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax import config as config_lib
-from mae_jax.config import ConfigError, default_config, validate
+from mae_jax.config import default_config, validate
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -151,7 +152,7 @@ def test_a_field_that_a_task_would_ignore_is_refused(task, field, value):
     config.task = task
     config.init_from = "random" if task in ("finetune", "linear_probe") else ""
     config.update_from_flattened_dict({field: value})
-    with pytest.raises(ConfigError, match=f"{field} = .*task {task} has no use for this field"):
+    with pytest.raises(UserError, match=f"{field} = .*task {task} has no use for this field"):
         validate(config)
 
 
@@ -185,7 +186,7 @@ def test_recipes_of_the_paper_differ_in_model_only():
     ],
 )
 def test_impossible_values_are_refused_by_name(fields, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         validate(changed(**fields))
 
 
@@ -195,7 +196,7 @@ def test_unknown_fields_are_refused():
     config = default_config()
     with config.unlocked():
         config.model.deep = 3
-    with pytest.raises(ConfigError, match=r"unknown config field\(s\) model.deep"):
+    with pytest.raises(UserError, match=r"unknown config field\(s\) model.deep"):
         validate(config)
 
 

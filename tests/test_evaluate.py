@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax import evaluate
+from mae_jax import UserError, evaluate
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh
-from mae_jax.evaluate import EvaluationError, Scorer, choose_benchmark
+from mae_jax.evaluate import Scorer, choose_benchmark
 from mae_jax.evaluators.robustness import ALEXNET_ERRORS, BENCHMARKS, corrupted, corruption_errors
 from mae_jax.interop.build import build_classifier, classify_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
@@ -231,7 +231,7 @@ def test_what_cannot_be_evaluated_is_explained(weights, tmp_path, capsys):
 
 def test_labels_are_asked_for_before_any_picture_is_decoded(weights):
     scorer = Scorer(open_checkpoint(weights))
-    with pytest.raises(EvaluationError, match="other, split test, has no labels"):
+    with pytest.raises(UserError, match="other, split test, has no labels"):
         scorer.check(Pictures("other", [-1, -1]))
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mae_jax import UserError
 from mae_jax import config as config_lib
-from mae_jax.config import ConfigError, validate
+from mae_jax.config import validate
 from mae_jax.data.splits import Splits
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -22,7 +23,7 @@ VARIANTS = [f"{name}_{model}" for name in transfer.SETS for model in transfer.MO
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_the_imagenet_recipe_on_other_data(variant):
     config = transfer.get_config(variant)
-    with pytest.raises(ConfigError, match="init_from is empty"):
+    with pytest.raises(UserError, match="init_from is empty"):
         validate(config)
     config.init_from = "pretrained"
     validate(config)
@@ -66,5 +67,5 @@ def test_other_data_than_the_recipe_names_is_refused(tmp_path):
             folder = tmp_path / split / name
             folder.mkdir(parents=True)
             np.save(folder / "0.npy", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ConfigError, match=r"head\.classes = 1010, but folder has 2 classes"):
+    with pytest.raises(UserError, match=r"head\.classes = 1010, but folder has 2 classes"):
         Splits(config)

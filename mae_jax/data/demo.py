@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from mae_jax import UserError
 from mae_jax.data.record import Record, select
 
 # name, package, file in it, side of the photograph that is kept for validation (the side that
@@ -99,7 +100,7 @@ def _path(package: str, file: str) -> pathlib.Path:
     path = None if spec is None else pathlib.Path(spec.submodule_search_locations[0]) / file
     if path is None or not path.is_file():
         distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
-        raise ImportError(
+        raise UserError(
             f"data.name='demo' uses a photograph ({file}) that ships with {distribution}, which is "
             "not installed here (or lacks it): pip install 'mae_jax[demo]', or choose another "
             "data.name"

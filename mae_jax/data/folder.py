@@ -7,6 +7,7 @@ import re
 import numpy as np
 from absl import logging
 
+from mae_jax import UserError
 from mae_jax.data.record import DecodeError, Record, select, split_error
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".npy")  # case does not matter
@@ -34,7 +35,7 @@ class FolderSource:
         self.split = split
         root = os.path.abspath(os.path.expanduser(data_dir))
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"data.dir: there is no folder {root}")
+            raise UserError(f"data.dir: there is no folder {root}")
         self._dirs: list[str] = []  # folders with pictures; a record is a folder and a file name
         folders = _split_folders(root)
         if folders:
@@ -88,7 +89,7 @@ class FolderSource:
             where += [len(self._dirs) - 1] * len(found)
             labels += [-1 if sub is None else classes[sub]] * len(found)
         if not names:
-            raise FileNotFoundError(
+            raise UserError(
                 f"data.dir: no picture in {folder} nor in its sub-folders "
                 f"(looked for {' '.join(EXTENSIONS)})"
             )

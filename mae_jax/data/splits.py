@@ -3,6 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax import config as config_lib
 from mae_jax.data import pipeline
 from mae_jax.data.randaugment import parse_randaugment
@@ -104,7 +105,7 @@ def _classes(config: ConfigDict, splits: Splits) -> int:
     train, evaluation = splits.train, splits.eval
     for source in (train, evaluation):
         if source.num_classes is None:
-            raise config_lib.ConfigError(
+            raise UserError(
                 f"data.name: {source.name}, split {source.split}, has no labels, and task "
                 f"{config.task} learns from labels. Choose a labelled data set; a folder needs one "
                 "sub-folder a class: FOLDER/train/CLASS/*.jpg, FOLDER/validation/CLASS/*.jpg"
@@ -112,14 +113,14 @@ def _classes(config: ConfigDict, splits: Splits) -> int:
     if train.num_classes != evaluation.num_classes or train.class_names != evaluation.class_names:
         ours, theirs = set(train.class_names or ()), set(evaluation.class_names or ())
         odd = sorted(ours ^ theirs)[:5]
-        raise config_lib.ConfigError(
+        raise UserError(
             f"data.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
             f"{train.split} has {train.num_classes}"
             + (f"; in one of them only: {', '.join(odd)}" if odd else "")
             + ". Labels would not mean the same; give splits with equal classes"
         )
     if config.head.classes not in (0, train.num_classes):
-        raise config_lib.ConfigError(
+        raise UserError(
             f"head.classes = {config.head.classes}, but {train.name} has {train.num_classes} "
             "classes; 0 takes the data set's"
         )

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
+from mae_jax import UserError
 from mae_jax.data.record import DecodeError, Record, split_error
 from mae_jax.data.tfrecord import TfrecordReader
 
@@ -56,7 +57,7 @@ class TfdsSource:
             raise split_error(split, lengths, "it holds no record")
         paths = [os.fspath(p.filename) for p in pieces]
         if absent := [p for p in paths if not os.path.exists(p)]:
-            raise FileNotFoundError(
+            raise UserError(
                 f"data.dir: {len(absent)} of {len(paths)} shards of {name} {split!r} are missing, "
                 f"the first is {absent[0]}. {_how_to_prepare(name, data_dir)}"
             )
@@ -124,7 +125,7 @@ def find_dataset(name: str, data_dir: str) -> str:
     dataset, config, version = parsed.groups()
     root = pathlib.Path(data_dir).expanduser().absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"data.dir: there is no folder {root}")
+        raise UserError(f"data.dir: there is no folder {root}")
     folder = root / dataset / config if config else root / dataset
     versions = _versions(folder)
     if not versions and not config and folder.is_dir():
@@ -146,7 +147,7 @@ def find_dataset(name: str, data_dir: str) -> str:
     else:
         prepared = sorted(d.name for d in root.iterdir() if d.is_dir())
         what = f"no prepared dataset at {folder}; folders in {root}: {', '.join(prepared) or '-'}"
-    raise FileNotFoundError(f"data.name / data.dir: {what}. {_how_to_prepare(name, data_dir)}")
+    raise UserError(f"data.name / data.dir: {what}. {_how_to_prepare(name, data_dir)}")
 
 
 def _versions(folder: pathlib.Path) -> list[str]:

@@ -10,7 +10,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mae_jax.config import ConfigError, image_size
+from mae_jax import UserError
+from mae_jax.config import image_size
 from mae_jax.data import pipeline
 from mae_jax.data.record import DecodeError, Record, Source
 from mae_jax.data.sources import open_source
@@ -42,7 +43,7 @@ class Probe:
         `encode(params, images [B, H, W, C] uint8) -> [B, 1 + L, D]`.
 
     Raises:
-      ConfigError: data that is not there or unlabelled, or splits whose classes differ.
+      UserError: data that is not there or unlabelled, or splits whose classes differ.
     """
 
     def __init__(self, config: ConfigDict, task: Any, writer: MetricsWriter):
@@ -185,14 +186,14 @@ class _Part:
         return self.source[self._indices[index]]
 
     def check_labels(self, classes: int) -> None:
-        """Raises ConfigError where one of a few records, spread over the part, has no class."""
+        """Raises UserError where one of a few records, spread over the part, has no class."""
         for index in range(0, len(self), -(-len(self) // LABELS_READ_AT_START)):
             try:
                 record = self[index]
             except DecodeError:
                 continue  # met again when its picture is wanted, and dealt with there
             if not 0 <= record.label < classes:
-                raise ConfigError(
+                raise UserError(
                     f"probe.{self.field}: {record.name} has the label {record.label}, which is "
                     f"none of {classes} classes; give a split with labels, or probe.every = 0"
                 )
@@ -205,7 +206,7 @@ def _select(config: ConfigDict, field: str, count: int) -> _Part:
     try:
         source = open_source(name, directory or None, split)
     except (ValueError, OSError, ImportError) as error:
-        raise ConfigError(
+        raise UserError(
             f"probe.{field}, {split!r} of {name!r} (empty probe fields take those of data): {error}"
         ) from error
     return _Part(source, field, count, config.seed)
@@ -215,18 +216,18 @@ def _classes(train: Source, evaluation: Source) -> int:
     """The number of classes, the same in both splits."""
     for source in (train, evaluation):
         if source.num_classes is None:
-            raise ConfigError(
+            raise UserError(
                 f"probe.name: {source.name}, split {source.split}, has no labels, and a probe "
                 "needs them: name a labelled data set there, or set probe.every = 0"
             )
     if train.num_classes != evaluation.num_classes or train.class_names != evaluation.class_names:
-        raise ConfigError(
+        raise UserError(
             f"probe.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
             f"{train.split} has {train.num_classes}, or their names differ; labels would not mean "
             "the same"
         )
     if train.num_classes < 2:
-        raise ConfigError(
+        raise UserError(
             f"probe.name: {train.name} has {train.num_classes} class; a probe tells classes apart"
         )
     return train.num_classes

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mae_jax import UserError
 from mae_jax.data.sources import Source
 from mae_jax.data.tfds_source import find_dataset
 
@@ -85,7 +86,7 @@ def require_present(data: Sequence[str], data_dir: str) -> None:
     if missing:
         first, *others = missing
         more = f"\nLikewise {len(others)} more: {', '.join(others)}" if others else ""
-        raise FileNotFoundError(f"{missing[first]}{more}")
+        raise UserError(f"{missing[first]}{more}")
 
 
 def occurring_classes(source: Source, classes: int) -> np.ndarray:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax import UserError
 from mae_jax.interop.checkpoint import Checkpoint
-from mae_jax.interop.description import Description, WeightsError
+from mae_jax.interop.description import Description
 from mae_jax.interop.names import is_decoder
 from mae_jax.interop.weights import Params, from_official
 from mae_jax.models.classifier import Classifier, pool_tokens
@@ -25,12 +26,12 @@ def build_mae(d: Description, dtype: jnp.dtype = jnp.float32) -> MAE:
     """The encoder and decoder.
 
     Raises:
-      WeightsError: there is no decoder, or nobody knows what it predicts.
+      UserError: there is no decoder, or nobody knows what it predicts.
     """
     if not d.decoder_depth:
-        raise WeightsError("these weights have no decoder: take a full checkpoint")
+        raise UserError("these weights have no decoder: take a full checkpoint")
     if not d.target:
-        raise WeightsError(
+        raise UserError(
             "the file does not say what its decoder predicts: give target=norm_pixel (official "
             "*_full.pth) or target=pixel (official mae_visualize_*.pth)"
         )
@@ -77,10 +78,10 @@ def build_classifier(d: Description, dtype: jnp.dtype = jnp.float32) -> Classifi
     """The encoder with its head.
 
     Raises:
-      WeightsError: there is no head.
+      UserError: there is no head.
     """
     if not d.classes:
-        raise WeightsError(
+        raise UserError(
             "these weights have no head: they tell no classes. Take those of a fine-tuned model, "
             "or fine-tune or probe these (tasks finetune, linear_probe)"
         )
@@ -100,7 +101,7 @@ def classify_function(
     """A pure function (`model_params`, images [B, H, W, C] uint8) -> logits [B, K] float32.
 
     Raises:
-      WeightsError: there is no head.
+      UserError: there is no head.
     """
     model = build_classifier(d, dtype)
 
@@ -126,10 +127,10 @@ def features_function(
       run. "mean" is then what a head on the mean token reads: it has passed `fc_norm`.
 
     Raises:
-      WeightsError: there is no such block.
+      UserError: there is no such block.
     """
     if not 0 <= block <= d.depth:
-        raise WeightsError(f"block {block}: the encoder has blocks 1 to {d.depth}")
+        raise UserError(f"block {block}: the encoder has blocks 1 to {d.depth}")
     if d.classes and block in (0, d.depth):
         return _classifier_features(d, dtype)
     encoder = build_encoder(d, depth=block, dtype=dtype, train_positions=True)

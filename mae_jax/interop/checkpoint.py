@@ -12,13 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mae_jax.interop.description import (
-    METADATA_KEY,
-    Description,
-    WeightsError,
-    expected_shapes,
-    infer,
-)
+from mae_jax import UserError
+from mae_jax.interop.description import METADATA_KEY, Description, expected_shapes, infer
 from mae_jax.interop.export import DESCRIPTION_FILE, ORBAX_FOLDER
 from mae_jax.interop.names import Tensors, from_hugging_face, is_hugging_face
 from mae_jax.interop.orbax_file import read_params, read_workdir
@@ -61,7 +56,7 @@ class Checkpoint:
         `encoder/pos_embed` is in it where positions were trained, and in classifiers.
         """
         if self.trained_decoder_positions:
-            raise WeightsError(
+            raise UserError(
                 f"{self.source}: the decoder's position table is not the fixed sine-cosine one "
                 "and no model here can hold it"
             )
@@ -89,11 +84,11 @@ def open_checkpoint(
 
     Raises:
       FileNotFoundError: nothing there.
-      WeightsError: not weights of a ViT or MAE, damaged, hostile, or with NaN in them.
+      UserError: not weights of a ViT or MAE, damaged, hostile, or with NaN in them.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
+        raise UserError(f"{path}: there is no such file or folder")
     if path.is_file():
         return _from_file(path, known, fallback)
     if (path / DESCRIPTION_FILE).is_file() and (path / ORBAX_FOLDER).is_dir():
@@ -111,7 +106,7 @@ def open_checkpoint(
     # Hugging Face folders often hold the same weights twice; the pickle is the older one.
     files = [p for p in files if p.suffix == ".safetensors"] or files
     if len(files) != 1:
-        raise WeightsError(
+        raise UserError(
             f"{path}: expected one file of weights ({', '.join(SUFFIXES)}), found "
             f"{[p.name for p in files] or 'none'}; and it is no workdir (no checkpoints/)"
         )
@@ -132,7 +127,7 @@ def _from_shards(
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(index["weight_map"].values())):
         if pathlib.Path(name).name != name:
-            raise WeightsError(f"{folder}: its index names {name!r}, a file outside the folder")
+            raise UserError(f"{folder}: its index names {name!r}, a file outside the folder")
         tensors |= read_tensors(folder / name)[0]
     return _from_tensors(tensors, {}, folder / "model.safetensors.index.json", known, fallback)
 
@@ -154,7 +149,7 @@ def _from_tensors(
         try:
             tensors = from_hugging_face(tensors)
         except ValueError as error:
-            raise WeightsError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
     if METADATA_KEY in metadata:
         described = Description.from_json(metadata[METADATA_KEY])
         told = dataclasses.asdict(_agree(described, known, path))
@@ -194,23 +189,23 @@ def _check(
     """Every tensor there, none besides, each of its shape and finite."""
     expected = expected_shapes(d, final_norm=d.pool != "mean")
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise WeightsError(f"{source}: {_list(missing)} missing; this is not a whole model")
+        raise UserError(f"{source}: {_list(missing)} missing; this is not a whole model")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise WeightsError(
+        raise UserError(
             f"{source}: {_list(extra)} unexpected; this is a checkpoint of another model"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
-            raise WeightsError(
+            raise UserError(
                 f"{source}: {name} is {tensors[name].shape}, a model of width {d.width} and "
                 f"MLP ratio {MLP_RATIO} has {shape}; this is a checkpoint of another model"
             )
     for name, x in tensors.items():
         if not np.issubdtype(x.dtype, np.floating) and x.dtype != ml_dtypes.bfloat16:
-            raise WeightsError(f"{source}: {name} holds {x.dtype}, not floating-point numbers")
+            raise UserError(f"{source}: {name} holds {x.dtype}, not floating-point numbers")
         bad = x.size - int(np.isfinite(x.astype(np.float32)).sum())
         if bad:
-            raise WeightsError(
+            raise UserError(
                 f"{source}: {name} has {bad} NaN or infinite value(s) of {x.size}; these weights "
                 "are broken, take an earlier checkpoint"
             )
@@ -240,12 +235,10 @@ def _hugging_face_facts(folder: pathlib.Path) -> tuple[dict[str, Any], list[str]
     where = folder / "config.json"
     config = read_json(where)
     if config.get("model_type") not in ("vit_mae", "vit"):
-        raise WeightsError(
-            f"{where}: model_type {config.get('model_type')!r} is not vit_mae or vit"
-        )
+        raise UserError(f"{where}: model_type {config.get('model_type')!r} is not vit_mae or vit")
     for field, needed in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(field, needed) != needed:
-            raise WeightsError(f"{where}: {field} {config[field]!r}; models here have {needed!r}")
+            raise UserError(f"{where}: {field} {config[field]!r}; models here have {needed!r}")
     notes = []
     eps = config.get("layer_norm_eps", _HF_DEFAULT_EPS)
     if eps == _HF_DEFAULT_EPS:
@@ -254,7 +247,7 @@ def _hugging_face_facts(folder: pathlib.Path) -> tuple[dict[str, Any], list[str]
             "MAE models are trained with"
         )
     elif eps != LAYER_NORM_EPS:
-        raise WeightsError(f"{where}: layer_norm_eps {eps:g}; models here have {LAYER_NORM_EPS:g}")
+        raise UserError(f"{where}: layer_norm_eps {eps:g}; models here have {LAYER_NORM_EPS:g}")
     told: dict[str, Any] = {}
     if "num_attention_heads" in config:
         told["heads"] = config["num_attention_heads"]
@@ -300,7 +293,7 @@ def _agree(d: Description, known: dict[str, Any], where: pathlib.Path) -> Descri
     for field, value in known.items():
         told = getattr(d, field)
         if told not in ("", 0) and told != value:
-            raise WeightsError(f"{where}: {field} is {told}, not {value}")
+            raise UserError(f"{where}: {field} is {told}, not {value}")
     return dataclasses.replace(d, **known)
 
 

@@ -22,10 +22,6 @@ _HEADS = {shape.width: shape.heads for shape in VARIANTS.values()}
 _DECODER_HEADS = {512: 16}
 
 
-class WeightsError(UserError):
-    """Weights that cannot be used as asked; the message names the file and the remedy."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Description:
     """A model, as far as weights and their users need to know it.
@@ -59,17 +55,17 @@ class Description:
 
     def __post_init__(self) -> None:
         if any(side % self.patch_size for side in self.image_size):
-            raise WeightsError(
+            raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
         if self.width % self.heads:
-            raise WeightsError(f"width {self.width} is not divisible by heads {self.heads}")
+            raise UserError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.target not in ("", *TARGETS):
-            raise WeightsError(f"target {self.target!r}: choose one of {', '.join(TARGETS)}")
+            raise UserError(f"target {self.target!r}: choose one of {', '.join(TARGETS)}")
         if self.pool not in POOLS:
-            raise WeightsError(f"pool {self.pool!r}: choose one of {', '.join(POOLS)}")
+            raise UserError(f"pool {self.pool!r}: choose one of {', '.join(POOLS)}")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise WeightsError(
+            raise UserError(
                 f"mean {self.mean} and std {self.std} need one value for each of "
                 f"{self.channels} channel(s)"
             )
@@ -91,14 +87,14 @@ class Description:
         """The inverse of the entry `to_metadata` writes.
 
         Raises:
-          WeightsError: it was written by another version, or damaged.
+          UserError: it was written by another version, or damaged.
         """
         try:
             fields = json.loads(text)
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
             return Description(**fields)
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise WeightsError(
+            raise UserError(
                 f"the description of the model cannot be read ({error}); it is damaged, or of a "
                 "newer version of mae_jax: update"
             ) from error
@@ -116,16 +112,16 @@ def infer(
         another shape is an error.
 
     Raises:
-      WeightsError: `where` is not a ViT or MAE of ours, or something cannot be known.
+      UserError: `where` is not a ViT or MAE of ours, or something cannot be known.
     """
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         if name not in tensors:
-            raise WeightsError(
+            raise UserError(
                 f"{where}: no tensor {name}, so this is not a ViT of MAE. It holds {_some(tensors)}"
             )
     kernel = tensors["patch_embed.proj.weight"].shape
     if len(kernel) != 4 or kernel[2] != kernel[3]:
-        raise WeightsError(f"{where}: patch_embed.proj.weight is {kernel}, not [D, C, p, p]")
+        raise UserError(f"{where}: patch_embed.proj.weight is {kernel}, not [D, C, p, p]")
     found: dict[str, object] = {
         "patch_size": kernel[2],
         "channels": kernel[1],
@@ -140,7 +136,7 @@ def infer(
         elif fallback and fallback.grid[0] * fallback.grid[1] == patches:
             found["image_size"] = tuple(n * kernel[2] for n in fallback.grid)
         else:
-            raise WeightsError(
+            raise UserError(
                 f"{where}: {patches} patches are not a square and the file does not say how they "
                 "lie; give image_size as height,width"
             )
@@ -157,7 +153,7 @@ def infer(
         found["pool"] = "mean" if "fc_norm.weight" in tensors else "cls"
     for field, value in found.items():
         if known.get(field, value) != value:
-            raise WeightsError(
+            raise UserError(
                 f"{where}: {field} is {value} in the tensors and {known[field]} in what is said "
                 "of them"
             )
@@ -168,13 +164,13 @@ def infer(
         elif fallback:  # other channels are adapted; nothing is computed with these
             merged |= {"mean": (0.0,) * kernel[1], "std": (1.0,) * kernel[1]}
         else:
-            raise WeightsError(
+            raise UserError(
                 f"{where}: {kernel[1]} input channel(s), and the file does not say how they are "
                 "normalised; give mean and std, one value per channel"
             )
     description = Description(**merged)
     if patches != description.grid[0] * description.grid[1]:
-        raise WeightsError(
+        raise UserError(
             f"{where}: pos_embed has {patches} patches, an image of {description.image_size} in "
             f"patches of {description.patch_size} has {description.grid}"
         )
@@ -242,7 +238,7 @@ def _heads(
         return table[width]
     if fallback and width == getattr(fallback, "decoder_width" if "decoder" in field else "width"):
         return getattr(fallback, field)
-    raise WeightsError(
+    raise UserError(
         f"{where}: the number of attention heads cannot be read off tensors of width {width}; give "
         f"{field}"
     )

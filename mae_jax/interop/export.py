@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mae_jax import UserError
 from mae_jax.interop.card import model_card
-from mae_jax.interop.description import Description, WeightsError
+from mae_jax.interop.description import Description
 from mae_jax.interop.names import to_hugging_face
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
@@ -103,7 +104,7 @@ def export_hugging_face(
     the class token ViTForImageClassification.
 
     Raises:
-      WeightsError: transformers has no model of this kind.
+      UserError: transformers has no model of this kind.
     """
     config = hugging_face_config(d)
     directory = pathlib.Path(directory)
@@ -200,17 +201,17 @@ def hugging_face_config(d: Description) -> dict[str, Any]:
     """`config.json` of the transformers model that can hold this one.
 
     Raises:
-      WeightsError: there is none, and why.
+      UserError: there is none, and why.
     """
     if d.pool == "mean":
-        raise WeightsError(
+        raise UserError(
             "a classifier on the mean patch token has no place in transformers: its "
             "ViTForImageClassification reads the class token after the final norm. Export it "
             "with --format=timm"
         )
     height, width = d.image_size
     if height != width and not d.classes:
-        raise WeightsError(
+        raise UserError(
             f"transformers' ViTMAE fails on images that are not square ({d.image_size}). Export "
             "with --format=timm"
         )

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mae_jax import UserError
 from mae_jax.interop.adapt import change_channels, resize_patches, resize_positions
 from mae_jax.interop.checkpoint import Checkpoint, open_checkpoint
-from mae_jax.interop.description import Description, WeightsError
+from mae_jax.interop.description import Description
 from mae_jax.interop.names import is_decoder, official_name
 from mae_jax.interop.weights import Params, from_official
 
@@ -66,10 +67,10 @@ def load_into(
       the new tree, of numpy arrays where values came from the file.
 
     Raises:
-      WeightsError: the checkpoint is of another model, or would hurt in silence.
+      UserError: the checkpoint is of another model, or would hurt in silence.
     """
     if parts not in PARTS:
-        raise WeightsError(f"parts {parts!r}: choose one of {', '.join(PARTS)}")
+        raise UserError(f"parts {parts!r}: choose one of {', '.join(PARTS)}")
     return fit(params, open_checkpoint(path, fallback=model, **known), model, parts=parts)
 
 
@@ -96,7 +97,7 @@ def fit(
         _require_same_decoder(checkpoint, model)
     use_head = theirs.pool == model.pool and theirs.classes == model.classes
     if "norm.weight" in wanted and "norm.weight" not in tensors:
-        raise WeightsError(
+        raise UserError(
             f"{source}: fine-tuned on the mean token, so it has no final norm, which this model "
             "needs; its features without one would be meaningless. Use the pretrained weights it "
             "came from, or a model with mean pooling"
@@ -115,14 +116,14 @@ def fit(
     loaded = flatten_dict(from_official(chosen, keep_positions=True), sep="/")
     for path, x in loaded.items():
         if x.shape != flat[path].shape:
-            raise WeightsError(f"{source}: {path} is {x.shape}, the model has {flat[path].shape}")
+            raise UserError(f"{source}: {path} is {x.shape}, the model has {flat[path].shape}")
     return unflatten_dict({**flat, **loaded}, sep="/"), report
 
 
 def _require_same_encoder(theirs: Description, model: Description, source: str) -> None:
     for field in ("width", "depth", "heads"):
         if getattr(theirs, field) != getattr(model, field):
-            raise WeightsError(
+            raise UserError(
                 f"{source} holds an encoder of {theirs.depth} blocks, width {theirs.width}, "
                 f"{theirs.heads} heads; the model has {model.depth} blocks, width {model.width}, "
                 f"{model.heads} heads. Set model.variant (or model.{field}) to match"
@@ -135,17 +136,17 @@ def _require_same_decoder(checkpoint: Checkpoint, model: Description) -> None:
     for field in ("decoder_width", "decoder_depth", "decoder_heads", "patch_size", "channels"):
         if getattr(theirs, field) != getattr(model, field):
             shown = field.replace("decoder_", "decoder.")
-            raise WeightsError(
+            raise UserError(
                 f"{source}: its decoder has {shown} = {getattr(theirs, field)}, the model's "
                 f"{getattr(model, field)}. Set them equal, {remedy}"
             )
     if theirs.target and model.target and theirs.target != model.target:
-        raise WeightsError(
+        raise UserError(
             f"{source}: its decoder predicts {theirs.target}, the model is to predict "
             f"{model.target}. Set target to match, {remedy}"
         )
     if checkpoint.trained_decoder_positions:
-        raise WeightsError(
+        raise UserError(
             f"{source}: its decoder was trained with other positions than the fixed sine-cosine "
             f"ones used here. Load the encoder alone (init_parts = encoder)"
         )
@@ -155,7 +156,7 @@ def _require_fixed_positions(
     checkpoint: Checkpoint, model: Description, report: LoadReport
 ) -> None:
     if checkpoint.trained_positions:
-        raise WeightsError(
+        raise UserError(
             f"{checkpoint.source}: its position table was trained (or is not MAE's sine-cosine "
             "table), and this model has fixed positions; its features would be meaningless. Load "
             "it into a model that trains its positions"

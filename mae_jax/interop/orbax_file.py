@@ -9,7 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mae_jax.interop.description import Description, WeightsError
+from mae_jax import UserError
+from mae_jax.interop.description import Description
 from mae_jax.interop.weights import Params
 from mae_jax.models.classifier import probe_params
 from mae_jax.models.vit import VARIANTS
@@ -22,7 +23,7 @@ def read_params(path: pathlib.Path) -> Params:
     """A tree of numpy arrays, whatever devices it was saved from.
 
     Raises:
-      WeightsError: `path` cannot be read.
+      UserError: `path` cannot be read.
     """
     return _read(path, lambda tree: tree)
 
@@ -37,19 +38,19 @@ def read_workdir(
     norm than the encoder's, so that of a probe on it is left out, and a note says so.
 
     Raises:
-      WeightsError: no complete checkpoint, or the newest is damaged.
+      UserError: no complete checkpoint, or the newest is damaged.
     """
     steps = sorted(
         (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()),
         reverse=True,
     )
     if not steps:
-        raise WeightsError(f"{workdir}: no complete checkpoint in its checkpoints/ folder yet")
+        raise UserError(f"{workdir}: no complete checkpoint in its checkpoints/ folder yet")
     folder = workdir / "checkpoints" / str(steps[0])
     try:
         record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder.absolute() / "record")
     except (ValueError, OSError) as error:
-        raise WeightsError(f"{folder}: its record cannot be read ({error})") from error
+        raise UserError(f"{folder}: its record cannot be read ({error})") from error
     state = _read(folder / "state", lambda tree: {k: tree[k] for k in _STATE_FIELDS if k in tree})
     state = dict.fromkeys(_STATE_FIELDS) | state  # older runs have nothing frozen
     config = record["config"]
@@ -126,7 +127,7 @@ def _read(path: pathlib.Path, choose: Any) -> Any:
         )
     except (ValueError, OSError, KeyError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{path}: not a readable Orbax checkpoint ({first[:200]})") from error
+        raise UserError(f"{path}: not a readable Orbax checkpoint ({first[:200]})") from error
 
 
 def _check_fingerprints(state: dict[str, Any], expected: list[int], folder: pathlib.Path) -> None:
@@ -140,7 +141,7 @@ def _check_fingerprints(state: dict[str, Any], expected: list[int], folder: path
     for leaf, value in zip(params + rest, recorded, strict=True):
         bits = np.ascontiguousarray(leaf).view(np.uint32).sum(dtype=np.uint64)
         if int(bits) % 2**32 != value:
-            raise WeightsError(
+            raise UserError(
                 f"{folder}: its tensors are not what was saved, the disk has changed them; move "
                 "this folder away to use the checkpoint before it"
             )

@@ -11,10 +11,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax import UserError
 from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.card import model_card
 from mae_jax.interop.checkpoint import Checkpoint
-from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import CARD_FILE
 from mae_jax.storage.files import write_atomically
 
@@ -72,13 +72,13 @@ def export_stablehlo(
     brings the reader for the format of `jax.export`, 30 kB) and a model card.
 
     Raises:
-      WeightsError: the weights are too large for the format.
+      UserError: the weights are too large for the format.
     """
     d = checkpoint.description
     params = model_params(checkpoint)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if size > MAX_BYTES:
-        raise WeightsError(
+        raise UserError(
             f"{checkpoint.source}: {size / 1e9:.2f} GB of weights; the format of jax.export holds "
             f"at most {MAX_BYTES / 1e9:.2f}. Export with --format=orbax or timm"
         )

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mae_jax.interop.description import WeightsError
+from mae_jax import UserError
 from mae_jax.interop.names import Tensors
 from mae_jax.interop.torch_file import TorchFileError, read_torch
 from mae_jax.storage.files import complete_or_absent
@@ -41,23 +41,23 @@ def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
 
     Raises:
       FileNotFoundError: there is no such file.
-      WeightsError: not a file of weights, damaged, or a pickle that holds more than data.
+      UserError: not a file of weights, damaged, or a pickle that holds more than data.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise UserError(f"{path}: there is no such file")
     if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{path}: weights are read from {', '.join(SUFFIXES)} files")
+        raise UserError(f"{path}: weights are read from {', '.join(SUFFIXES)} files")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return read_torch(path), {}
     except safetensors.SafetensorError as error:
-        raise WeightsError(
+        raise UserError(
             f"{path}: truncated or damaged ({error}); fetch or copy it again"
         ) from error
     except TorchFileError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -73,7 +73,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise WeightsError(f"{path}: tensor {name} is of type {entry['dtype']}")
+            raise UserError(f"{path}: tensor {name} is of type {entry['dtype']}")
         start, end = entry["data_offsets"]
         tensors[name] = numbers[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors, metadata

@@ -20,10 +20,6 @@ from jax.experimental import multihost_utils
 from mae_jax import UserError
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read; the message gives the remedy."""
-
-
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
     """The sum of every leaf's bits, modulo 2^32: [leaves] uint32.
@@ -67,7 +63,7 @@ class Checkpoints:
         """Starts writing the checkpoint of `step`, unless that was done just before.
 
         Raises:
-          CheckpointError: this save could not start, or the one before it failed.
+          UserError: this save could not start, or the one before it failed.
         """
         if step == self._newest:
             return
@@ -82,7 +78,7 @@ class Checkpoints:
         self._newest = step
 
     def wait(self) -> None:
-        """Returns when the save in progress is complete; raises CheckpointError if it failed."""
+        """Returns when the save in progress is complete; raises UserError if it failed."""
         with self._explain_failure(None):
             self._manager.wait_until_finished()
 
@@ -97,7 +93,7 @@ class Checkpoints:
             yield
         except Exception as error:
             kept = [s for s in self.steps() if s != step]
-            raise CheckpointError(
+            raise UserError(
                 f"a checkpoint could not be written to {self.directory}: {_first_line(error)}\n"
                 f"Complete checkpoints: {kept or 'none'}. Make room or mend the disk, then start "
                 "the same command again: it continues from the newest of them."
@@ -123,7 +119,7 @@ class Checkpoints:
         A damaged checkpoint is reported, renamed to `damaged-STEP` and passed over.
 
         Raises:
-          CheckpointError: there are checkpoints and none is whole, or one is whole but does not
+          UserError: there are checkpoints and none is whole, or one is whole but does not
             hold the tensors of `abstract_state`.
         """
         steps = self.steps()
@@ -155,7 +151,7 @@ class Checkpoints:
             )
             self._set_aside(step)
         if steps:
-            raise CheckpointError(
+            raise UserError(
                 f"none of the checkpoints {steps} in {self.directory} can be read; they are kept "
                 "there as damaged-STEP. Start again with a new workdir."
             )
@@ -169,7 +165,7 @@ class Checkpoints:
     def _check_tensors(self, step: int, saved: Any, abstract_state: Any) -> None:
         found, wanted = set(_by_path(saved)), set(_by_path(abstract_state))
         if found != wanted:
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint {step} in {self.directory} is whole but not of this program: "
                 f"{_some(wanted - found, 'missing')}, {_some(found - wanted, 'unexpected')}. "
                 "Continue it with the version that wrote it (its record names it), or start again "
@@ -192,11 +188,11 @@ class Checkpoints:
         found = np.asarray(jax.device_get(fingerprint(state)))
         expected = np.asarray(expected, np.uint32)
         if found.shape != expected.shape:
-            raise CheckpointError(f"{len(expected)} tensors recorded, {len(found)} restored")
+            raise UserError(f"{len(expected)} tensors recorded, {len(found)} restored")
         damaged = np.flatnonzero(found != expected)
         if damaged.size:
             first = list(_by_path(state))[damaged[0]]
-            raise CheckpointError(f"{damaged.size} tensor(s) changed on disk, first {first}")
+            raise UserError(f"{damaged.size} tensor(s) changed on disk, first {first}")
         return state
 
     def _set_aside(self, step: int) -> None:

@@ -16,10 +16,6 @@ from mae_jax import UserError
 from mae_jax.train.state import Metrics, TrainState
 
 
-class NonFiniteLossError(UserError):
-    """The loss or the gradient norm became NaN or infinite."""
-
-
 class Totals(NamedTuple):
     """Metrics summed on the device over a log interval.
 
@@ -112,7 +108,7 @@ def train(
       The state and the number of steps done, less than `total_steps` after a stop.
 
     Raises:
-      NonFiniteLossError: naming the step.
+      UserError: naming the step.
     """
     clock = _Clock()
     previous: jax.Array | None = None
@@ -166,7 +162,7 @@ def train(
 def _check_finite(totals: Totals) -> None:
     bad_step = int(totals.bad_step)
     if bad_step >= 0:
-        raise NonFiniteLossError(
+        raise UserError(
             f"the loss or the gradient norm is not finite at step {bad_step} (0-based). Nothing "
             "was saved since; the last checkpoint is good. Lower optim.base_lr, set "
             "optim.clip_norm, or compute in float32 (compute_dtype), with a new workdir."

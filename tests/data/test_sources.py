@@ -6,6 +6,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tiny_dataset import TinyDataset, jpeg
 
+from mae_jax import UserError
 from mae_jax.data import demo
 from mae_jax.data.sources import DecodeError, open_source
 
@@ -66,7 +67,7 @@ def test_tfds_newest_version_is_taken_unless_one_is_named(tmp_path):
     TinyDataset(tmp_path, "tfrecord", {"train": [2]}, version="10.0.0")
     assert len(open_source("tiny", str(tmp_path), "train")) == 2
     assert len(open_source("tiny:9.0.0", str(tmp_path), "train")) == 1
-    with pytest.raises(FileNotFoundError, match=r"version 1\.0\.0 .*'9\.0\.0', '10\.0\.0'"):
+    with pytest.raises(UserError, match=r"version 1\.0\.0 .*'9\.0\.0', '10\.0\.0'"):
         open_source("tiny:1.0.0", str(tmp_path), "train")
 
 
@@ -92,7 +93,7 @@ def test_tfds_errors_name_field_and_remedy(tmp_path):
     dataset = TinyDataset(tmp_path, "array_record", SPLITS)
     with pytest.raises(ValueError, match=r"data\.dir is not set"):
         open_source("tiny", None, "train")
-    with pytest.raises(FileNotFoundError, match=r"data\.dir: there is no folder"):
+    with pytest.raises(UserError, match=r"data\.dir: there is no folder"):
         open_source("tiny", str(tmp_path / "absent"), "train")
     with pytest.raises(
         FileNotFoundError, match=r"folders in .*: tiny.*tfds build imagenet2012.*array_record"
@@ -105,7 +106,7 @@ def test_tfds_errors_name_field_and_remedy(tmp_path):
     with pytest.raises(ValueError, match="mount the bucket"):
         open_source("tiny", "gs://bucket/tfds", "train")
     dataset.path("train", 1, 3, "array_record").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 shards .*array_record-00001-of-00003"):
+    with pytest.raises(UserError, match=r"1 of 3 shards .*array_record-00001-of-00003"):
         open_source("tiny", dataset.root, "train")
 
 
@@ -172,7 +173,7 @@ def test_folder_of_arrays_holds_any_channel_count(tmp_path):
 
 
 def test_folder_errors_name_field_and_remedy(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data\.dir: there is no folder"):
+    with pytest.raises(UserError, match=r"data\.dir: there is no folder"):
         open_source("folder", str(folder / "absent"), "train")
     with pytest.raises(ValueError, match=r"cannot read 'test'.*\n.*train.*validation"):
         open_source("folder", str(folder), "test")
@@ -180,7 +181,7 @@ def test_folder_errors_name_field_and_remedy(folder, tmp_path):
         open_source("folder", str(folder), "train[:999]")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no picture in .*empty"):
+    with pytest.raises(UserError, match=r"no picture in .*empty"):
         open_source("folder", str(empty), "train")
     (folder / "train" / "loose.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="both loose"):
@@ -215,5 +216,5 @@ def test_demo_validation_crops_show_nothing_that_training_sees():
 def test_demo_without_its_extra_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     demo._parts.cache_clear()
-    with pytest.raises(ImportError, match=r"scikit-image.*pip install 'mae_jax\[demo\]'"):
+    with pytest.raises(UserError, match=r"scikit-image.*pip install 'mae_jax\[demo\]'"):
         open_source("demo", None, "train")

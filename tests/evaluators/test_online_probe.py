@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from mae_jax import UserError
 from mae_jax.augment.pixels import normalize
-from mae_jax.config import ConfigError, default_config
+from mae_jax.config import default_config
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, place
@@ -288,13 +289,13 @@ def one_class(sources):
 )
 def test_data_a_probe_cannot_use_is_refused_before_the_run(sources, change, message):
     change(sources)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         Probe(config_of(), SmallTask(make_mesh()), Writer())
 
 
 def test_data_that_is_not_there_is_told_with_the_fields_of_the_probe():
     config = config_of(**{"probe.name": "folder", "probe.dir": "/nowhere"})
-    with pytest.raises(ConfigError, match=r"probe\.train_split.*there is no folder /nowhere"):
+    with pytest.raises(UserError, match=r"probe\.train_split.*there is no folder /nowhere"):
         Probe(config, SmallTask(make_mesh()), Writer())
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from small_models import SMALL, classifier_params
 
-from mae_jax import export, features
+from mae_jax import UserError, export, features
 from mae_jax.augment.pixels import normalize
 from mae_jax.config import default_config, validate
 from mae_jax.distributed.mesh import make_mesh
@@ -24,7 +24,6 @@ from mae_jax.interop.build import (
     model_params,
 )
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import export_encoder
 from mae_jax.interop.load import load_into
 from mae_jax.interop.tensor_files import save_safetensors
@@ -216,7 +215,7 @@ def test_a_probe_on_the_mean_token_leaves_its_encoder_and_a_note(tmp_path, capsy
     jax.tree.map(
         np.testing.assert_array_equal, checkpoint.params()["encoder"], state.frozen["encoder"]
     )
-    with pytest.raises(WeightsError, match="no head"):
+    with pytest.raises(UserError, match="no head"):
         classify_function(checkpoint.description)
 
 
@@ -311,5 +310,5 @@ def test_a_timm_folder_whose_pooling_is_not_that_of_its_tensors_is_refused(tmp_p
     assert open_checkpoint(tmp_path).description.pool == "cls"
     config["model_args"]["global_pool"] = "avg"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="pool is cls in the tensors and mean"):
+    with pytest.raises(UserError, match="pool is cls in the tensors and mean"):
         open_checkpoint(tmp_path)

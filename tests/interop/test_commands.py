@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 from small_models import SMALL, assert_same_tree, random_params
 
-from mae_jax import export, features, visualize
+from mae_jax import UserError, export, features, visualize
 from mae_jax.config import default_config
 from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import export_official
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.state import TrainState
@@ -73,13 +72,13 @@ def test_a_workdir_whose_numbers_changed_on_disk_is_refused(tmp_path):
         tree = checkpointer.restore(state)
         tree["params"]["encoder"]["norm"]["bias"] = tree["params"]["encoder"]["norm"]["bias"] + 1
         checkpointer.save(state, tree, force=True)
-    with pytest.raises(WeightsError, match="the disk has changed them"):
+    with pytest.raises(UserError, match="the disk has changed them"):
         open_checkpoint(path)
 
 
 def test_a_workdir_without_a_checkpoint_is_explained(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(WeightsError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         open_checkpoint(tmp_path)
 
 

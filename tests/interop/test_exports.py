@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from small_models import SMALL, assert_same_tree, classifier_params, random_params
 
+from mae_jax import UserError
 from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import Description, WeightsError
+from mae_jax.interop.description import Description
 from mae_jax.interop.export import (
     export_encoder,
     export_hugging_face,
@@ -106,9 +107,9 @@ def test_hugging_face_configs_say_what_transformers_defaults_get_wrong(tmp_path)
 
 
 def test_what_transformers_cannot_hold_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(WeightsError, match=r"reads the class token.*--format=timm"):
+    with pytest.raises(UserError, match=r"reads the class token.*--format=timm"):
         export_hugging_face(classifier_params(MEAN_CLASSIFIER), tmp_path / "x", MEAN_CLASSIFIER, {})
-    with pytest.raises(WeightsError, match="not square"):
+    with pytest.raises(UserError, match="not square"):
         export_hugging_face(random_params(OTHER), tmp_path / "x", OTHER, {})
     assert not (tmp_path / "x").exists()
 
@@ -157,9 +158,9 @@ import importlib.abc, runpy, sys
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] in ("mae_jax", "flax", "safetensors", "orbax", "optax"):
-            raise ImportError(name + " must not be needed")
+            raise UserError(name + " must not be needed")
         if name == "flatbuffers" and not any(p.endswith("flatbuffers.zip") for p in sys.path):
-            raise ImportError(name)
+            raise UserError(name)
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -188,7 +189,7 @@ def test_the_served_function_needs_jax_alone_takes_any_batch_and_agrees(count, s
 
 def test_weights_too_large_for_the_format_are_refused(served, tmp_path, monkeypatch):
     monkeypatch.setattr("mae_jax.interop.serving.MAX_BYTES", 1000)
-    with pytest.raises(WeightsError, match="at most"):
+    with pytest.raises(UserError, match="at most"):
         export_stablehlo(served[0], tmp_path / "y", {})
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small_models import SMALL, assert_same_tree, classifier_params, random_params
 
+from mae_jax import UserError
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import WeightsError
 from mae_jax.interop.export import (
     export_encoder,
     export_hugging_face,
@@ -140,10 +140,10 @@ def test_bfloat16_files_are_read(tmp_path):
 
 def test_a_description_of_another_version_is_explained(tmp_path):
     metadata = {"format": "pt", "mae_jax": '{"shape": "round"}'}
-    with pytest.raises(WeightsError, match="newer version"):
+    with pytest.raises(UserError, match="newer version"):
         open_checkpoint(write(tmp_path, official_tensors(), metadata))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config.json: not readable"):
+    with pytest.raises(UserError, match=r"config.json: not readable"):
         open_checkpoint(write(tmp_path, to_hugging_face(official_tensors())))
 
 
@@ -183,14 +183,14 @@ def test_input_statistics_that_differ_are_mentioned(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(change, message, tmp_path):
     export_official(random_params(), tmp_path, SMALL, {})
     other = dataclasses.replace(SMALL, **change)
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         load_into(random_params(other), tmp_path, other)
 
 
 def test_trained_positions_are_refused_by_a_model_with_fixed_ones(tmp_path):
     pooled = dataclasses.replace(CLASSIFIER, pool="cls")
     export_encoder(classifier_params(pooled), tmp_path, pooled, {})
-    with pytest.raises(WeightsError, match="position table was trained"):
+    with pytest.raises(UserError, match="position table was trained"):
         load_into({"encoder": random_params()["encoder"]}, tmp_path, SMALL)
 
 
@@ -198,14 +198,14 @@ def test_a_fine_tuned_file_without_final_norm_is_refused_where_one_is_needed(tmp
     params = classifier_params(CLASSIFIER)
     params["encoder"]["pos_embed"] = sincos_position_table(32, (4, 4))[None]
     export_encoder(params, tmp_path, CLASSIFIER, {})
-    with pytest.raises(WeightsError, match="no final norm"):
+    with pytest.raises(UserError, match="no final norm"):
         load_into({"encoder": random_params()["encoder"]}, tmp_path, SMALL)
 
 
 def test_nan_weights_are_refused_by_name(tmp_path):
     tensors = official_tensors()
     tensors["blocks.1.mlp.fc1.bias"][3] = np.nan
-    with pytest.raises(WeightsError, match=r"blocks.1.mlp.fc1.bias has 1 NaN"):
+    with pytest.raises(UserError, match=r"blocks.1.mlp.fc1.bias has 1 NaN"):
         open_checkpoint(write(tmp_path, tensors), **KNOWN)
 
 
@@ -214,7 +214,7 @@ def test_a_truncated_safetensors_is_refused(share, tmp_path):
     path = write(tmp_path, official_tensors())
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(WeightsError, match=r"weights.safetensors: truncated or damaged"):
+    with pytest.raises(UserError, match=r"weights.safetensors: truncated or damaged"):
         open_checkpoint(path, **KNOWN)
 
 
@@ -222,32 +222,32 @@ def test_a_missing_tensor_and_an_unexpected_one_are_named(tmp_path):
     tensors = official_tensors()
     whole = dict(tensors)
     del tensors["blocks.0.attn.proj.bias"]
-    with pytest.raises(WeightsError, match=r"blocks.0.attn.proj.bias missing"):
+    with pytest.raises(UserError, match=r"blocks.0.attn.proj.bias missing"):
         open_checkpoint(write(tmp_path, tensors), **KNOWN)
     whole["blocks.0.ls1.gamma"] = np.ones(32, np.float32)
-    with pytest.raises(WeightsError, match=r"ls1.gamma unexpected.*another model"):
+    with pytest.raises(UserError, match=r"ls1.gamma unexpected.*another model"):
         open_checkpoint(write(tmp_path, whole), **KNOWN)
 
 
 def test_weights_of_a_network_that_is_no_vit_are_refused(tmp_path):
     path = write(tmp_path, {"conv1.weight": np.ones((8, 3, 7, 7), np.float32)})
-    with pytest.raises(WeightsError, match=r"not a ViT of MAE. It holds 1 tensors \(conv1.weight"):
+    with pytest.raises(UserError, match=r"not a ViT of MAE. It holds 1 tensors \(conv1.weight"):
         open_checkpoint(path)
 
 
 def test_what_cannot_be_known_is_asked_for(tmp_path):
     path = write(tmp_path, official_tensors())
-    with pytest.raises(WeightsError, match="give heads"):
+    with pytest.raises(UserError, match="give heads"):
         open_checkpoint(path)
-    with pytest.raises(WeightsError, match="give decoder_heads"):
+    with pytest.raises(UserError, match="give decoder_heads"):
         open_checkpoint(path, heads=4)
     grey = dataclasses.replace(SMALL, channels=1, mean=(0.5,), std=(0.5,))
     tensors = to_official(random_params(grey), image_size=(32, 32), patch_size=8, channels=1)
-    with pytest.raises(WeightsError, match="give mean and std"):
+    with pytest.raises(UserError, match="give mean and std"):
         open_checkpoint(write(tmp_path, tensors), heads=4, decoder_heads=2)
     wide = dataclasses.replace(SMALL, image_size=(16, 48))
     tensors = to_official(random_params(wide), image_size=(16, 48), patch_size=8, channels=3)
-    with pytest.raises(WeightsError, match="give image_size"):
+    with pytest.raises(UserError, match="give image_size"):
         open_checkpoint(write(tmp_path, tensors), **KNOWN)
     d = open_checkpoint(write(tmp_path, tensors), **KNOWN, image_size=(16, 48)).description
     assert d.grid == (2, 6)
@@ -265,7 +265,7 @@ def test_what_a_file_does_not_tell_is_taken_from_the_model_it_is_for(tmp_path):
 
 def test_what_is_said_must_agree_with_the_file(tmp_path):
     path = write(tmp_path, official_tensors(), SMALL.to_metadata())
-    with pytest.raises(WeightsError, match="heads is 4, not 8"):
+    with pytest.raises(UserError, match="heads is 4, not 8"):
         open_checkpoint(path, heads=8)
 
 
@@ -280,7 +280,7 @@ def test_half_precision_files_are_read_and_their_positions_recognised(tmp_path):
 def test_integer_tensors_are_refused(tmp_path):
     tensors = official_tensors()
     tensors["norm.bias"] = tensors["norm.bias"].astype(np.int32)
-    with pytest.raises(WeightsError, match=r"norm\.bias holds int32"):
+    with pytest.raises(UserError, match=r"norm\.bias holds int32"):
         open_checkpoint(write(tmp_path, tensors), **KNOWN)
 
 
@@ -297,7 +297,7 @@ def test_a_hugging_face_model_that_computes_otherwise_is_refused(config, message
     save_safetensors(tmp_path / "model.safetensors", to_hugging_face(official_tensors()), {})
     written = {"model_type": "vit_mae", "num_attention_heads": 4, "image_size": 32} | config
     (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         open_checkpoint(tmp_path)
 
 
@@ -325,24 +325,24 @@ def test_split_hugging_face_files_are_joined_and_stay_in_their_folder(tmp_path):
     index_file.write_text(json.dumps({"weight_map": index}))
     assert_same_tree(open_checkpoint(tmp_path).params(), random_params())
     index_file.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
-    with pytest.raises(WeightsError, match="outside the folder"):
+    with pytest.raises(UserError, match="outside the folder"):
         open_checkpoint(tmp_path)
 
 
 def test_a_lost_part_of_query_key_value_is_named(tmp_path):
     tensors = to_hugging_face(official_tensors())
     del tensors["vit.encoder.layer.1.attention.attention.key.weight"]
-    with pytest.raises(WeightsError, match=r"blocks.1.attn.qkv.weight.*k part"):
+    with pytest.raises(UserError, match=r"blocks.1.attn.qkv.weight.*k part"):
         open_checkpoint(write(tmp_path, tensors))
 
 
 def test_a_folder_without_weights_and_a_wrong_suffix_are_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(WeightsError, match="found none"):
+    with pytest.raises(UserError, match="found none"):
         open_checkpoint(tmp_path)
     (tmp_path / "weights.h5").write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"are read from .safetensors, .pth"):
+    with pytest.raises(UserError, match=r"are read from .safetensors, .pth"):
         open_checkpoint(tmp_path / "weights.h5")
 
 
@@ -351,5 +351,5 @@ def test_a_damaged_orbax_export_is_refused(tmp_path):
     for file in (tmp_path / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(WeightsError, match="not a readable Orbax checkpoint"):
+    with pytest.raises(UserError, match="not a readable Orbax checkpoint"):
         open_checkpoint(tmp_path)

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax.storage.checkpoints import CheckpointError, Checkpoints, fingerprint
+from mae_jax import UserError
+from mae_jax.storage.checkpoints import Checkpoints, fingerprint
 
 
 def state_at(step, sharding=None):
@@ -121,7 +122,7 @@ def test_a_half_written_checkpoint_is_not_taken_for_whole(three):
 def test_when_every_checkpoint_is_damaged_nothing_starts_over_silently(three):
     for step in (1, 2, 3):
         largest_file(three / str(step) / "state").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1, 2, 3\]"):
+    with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2, 3\]"):
         Checkpoints(three, keep=3).restore_newest(abstract(), accept)
 
 
@@ -149,7 +150,7 @@ def test_a_part_that_is_absent_need_not_be_in_the_file(three):
 def test_a_whole_checkpoint_of_other_tensors_is_refused_by_name_and_left_alone(three):
     other = abstract()
     other["head"] = {"kernel": other.pop("b")}
-    with pytest.raises(CheckpointError, match=r"missing \(head/kernel, .*unexpected \(b, "):
+    with pytest.raises(UserError, match=r"missing \(head/kernel, .*unexpected \(b, "):
         Checkpoints(three, keep=3).restore_newest(other, accept)
     assert_restores(three, 3)
 
@@ -161,7 +162,7 @@ def test_a_save_that_cannot_be_written_says_what_is_left(three, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(CheckpointError, match=r"No space left(.|\n)*\[1, 2, 3\](.|\n)*Make room"):
+    with pytest.raises(UserError, match=r"No space left(.|\n)*\[1, 2, 3\](.|\n)*Make room"):
         checkpoints.save(4, state_at(4), {})
 
 

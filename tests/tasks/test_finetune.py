@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from task_runs import make, run_steps
 
-from mae_jax.config import ConfigError
+from mae_jax import UserError
 from mae_jax.models.classifier import classification_sums, pool_tokens
 
 # Without what takes long to compile and has its own tests.
@@ -170,7 +170,7 @@ def test_fewer_than_five_classes_are_all_in_the_top_five():
 
 def test_class_count_of_the_config_must_be_the_data_sets(supervised_config):
     config = supervised_config("finetune", head__classes=1000)
-    with pytest.raises(ConfigError, match=r"head\.classes = 1000, but demo has"):
+    with pytest.raises(UserError, match=r"head\.classes = 1000, but demo has"):
         make(config)
 
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.train.loop import Action, NonFiniteLossError, add_totals, train
+from mae_jax import UserError
+from mae_jax.train.loop import Action, add_totals, train
 
 
 def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
@@ -59,7 +60,7 @@ def test_actions_run_in_order_at_their_steps_and_at_the_end():
 def test_a_non_finite_loss_stops_the_run_naming_its_step_and_saves_nothing_after(bad):
     saved = []
     actions = [Action(2, lambda step, state: saved.append(step))]
-    with pytest.raises(NonFiniteLossError, match="at step 4 "):
+    with pytest.raises(UserError, match="at step 4 "):
         run([1, 1, 1, 1, bad, 1, 1, 1], log_every=1, actions=actions)
     assert saved == [2, 4]
 
@@ -67,7 +68,7 @@ def test_a_non_finite_loss_stops_the_run_naming_its_step_and_saves_nothing_after
 def test_a_non_finite_loss_between_logs_is_seen_before_a_save():
     saved = []
     actions = [Action(6, lambda step, state: saved.append(step))]
-    with pytest.raises(NonFiniteLossError, match="at step 3 "):
+    with pytest.raises(UserError, match="at step 3 "):
         run([1, 1, 1, np.nan, 1, 1, 1], log_every=100, actions=actions)
     assert saved == []
 
