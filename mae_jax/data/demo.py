@@ -75,6 +75,10 @@ class DemoSource:
         crop = photograph[top : top + side, left : left + side]
         return Record(crop, label, f"demo/{self.split}#{index} ({self.class_names[label]})")
 
+    def identity(self) -> str:
+        """The crops follow from their photographs and numbers alone."""
+        return f"{self.split} {self._indices.tolist()}"
+
 
 @functools.cache  # decoding the photographs takes 0.2 s, once per process
 def _parts(split: str) -> list[np.ndarray]:

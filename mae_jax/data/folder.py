@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from mae_jax import UserError
-from mae_jax.data.record import DecodeError, Record, select, split_error
+from mae_jax.data.record import DecodeError, Record, files_identity, select, split_error
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".npy")  # case does not matter
 VALIDATION_EVERY = 50  # without split folders, every 50th picture is kept for validation
@@ -98,9 +98,16 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> Record:
+    def identity(self) -> str:
+        """Of all picture files, and the classes they count as."""
+        return files_identity(map(self._path, range(len(self)))) + str(self.class_names)
+
+    def _path(self, index: int) -> str:
         file = os.fsdecode(self._names[self._cuts[index] : self._cuts[index + 1]])
-        path = os.path.join(self._dirs[self._where[index]], file)
+        return os.path.join(self._dirs[self._where[index]], file)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self._path(index)
         name = f"folder/{self.split}#{index} ({path})"
         if path.lower().endswith(".npy"):
             image = _load_array(path, name)

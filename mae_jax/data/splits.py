@@ -81,19 +81,19 @@ class Splits:
             **self._loading,
         )
 
-    def eval_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` images of the evaluation split, [count, H, W, C] uint8, and labels [count]."""
+    def eval_examples(self, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Images [count, H, W, C] uint8 of the evaluation split, labels [count], record names."""
         count = min(count, len(self.eval))
         # Spread over the split: neighbours are often of one class.
         indices = np.linspace(0, len(self.eval) - 1, count).astype(int)
-        images, labels = zip(*(self._eval_example(int(i)) for i in indices), strict=True)
-        return np.stack(images), np.asarray(labels, np.int32)
+        images, labels, names = zip(*(self._eval_example(int(i)) for i in indices), strict=True)
+        return np.stack(images), np.asarray(labels, np.int32), list(names)
 
-    def _eval_example(self, index: int) -> tuple[np.ndarray, int]:
+    def _eval_example(self, index: int) -> tuple[np.ndarray, int, str]:
         for i in range(len(self.eval)):
             try:
                 record = self.eval[(index + i) % len(self.eval)]
-                return self.eval_transform(record), record.label
+                return self.eval_transform(record), record.label, record.name
             except DecodeError:
                 if self._loading["bad_records"] != "skip":
                     raise

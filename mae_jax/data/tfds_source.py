@@ -10,7 +10,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mae_jax import UserError
-from mae_jax.data.record import DecodeError, Record, split_error
+from mae_jax.data.record import DecodeError, Record, files_identity, split_error
 from mae_jax.data.tfrecord import TfrecordReader
 
 
@@ -55,7 +55,7 @@ class TfdsSource:
         if not pieces:
             lengths = {name: s.num_examples for name, s in info.splits.items()}
             raise split_error(split, lengths, "it holds no record")
-        paths = [os.fspath(p.filename) for p in pieces]
+        self._paths = paths = [os.fspath(p.filename) for p in pieces]
         if absent := [p for p in paths if not os.path.exists(p)]:
             raise UserError(
                 f"data.dir: {len(absent)} of {len(paths)} shards of {name} {split!r} are missing, "
@@ -77,6 +77,10 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def identity(self) -> str:
+        """Of the shards, and what is taken of them."""
+        return f"{files_identity(self._paths)} {self._skips} {self._ends.tolist()}"
 
     def __getitem__(self, index: int) -> Record:
         name = f"{self.name}/{self.split}#{index}"

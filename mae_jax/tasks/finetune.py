@@ -195,7 +195,7 @@ class Finetune(Task):
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
     ) -> list[Action]:
         """Pictures of predictions."""
-        images, labels = data.eval_examples(config.pictures.count)
+        images, labels, _ = data.eval_examples(config.pictures.count)
         names = data.train.class_names
         predictions = Predictions(self, images, labels, names, workdir / "predictions")
         return [Action(config.pictures.every, predictions)]

@@ -147,7 +147,7 @@ class Pretrain(Task):
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
     ) -> list[Action]:
         """Pictures of reconstructions, and the probe where one is asked for."""
-        images, _ = data.eval_examples(config.pictures.count)
+        images, _, _ = data.eval_examples(config.pictures.count)
         pictures = Reconstructions(self, images, workdir / "reconstructions")
         actions = [Action(config.pictures.every, pictures)]
         if config.probe.every:

@@ -218,3 +218,20 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch):
     demo._parts.cache_clear()
     with pytest.raises(UserError, match=r"scikit-image.*pip install 'mae_jax\[demo\]'"):
         open_source("demo", None, "train")
+
+
+def test_the_identity_of_a_source_follows_its_files(tmp_path):
+    def identity(folder="a", split="train"):
+        return open_source("folder", str(tmp_path / folder), split).identity()
+
+    for folder in "ab":
+        for name in ("1.png", "2.png", "3.png"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / name)
+    first = identity()
+    assert identity() == first
+    assert len({first, identity("b"), identity(split="train+validation")}) == 3
+    Image.new("RGB", (9, 8)).save(tmp_path / "a" / "2.png")
+    assert identity() != first
+    demo = {split: open_source("demo", None, split).identity() for split in ("train", "train[:9]")}
+    assert len(set(demo.values())) == 2
