@@ -129,7 +129,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                     compile_step(task, abstract),
                     state,
                     device_batches(
-                        host_batches, task.batch_arrays, positions, config.batch_size, mesh
+                        host_batches, task.batch_schema, positions, config.batch_size, mesh
                     ),
                     metric_names=task.metric_names,
                     place_totals=lambda totals: mesh_lib.replicate(totals, mesh),

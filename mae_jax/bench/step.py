@@ -38,7 +38,7 @@ def main(config: ConfigDict) -> None:
     rng = np.random.default_rng(0)
     batch = {
         name: rng.integers(0, min(classes, 256), (len(positions), *shape)).astype(dtype)
-        for name, (shape, dtype) in task.batch_arrays.items()
+        for name, (shape, dtype) in task.batch_schema.items()
     }
     batch = mesh_lib.global_batch(batch, positions, config.batch_size, mesh)
 

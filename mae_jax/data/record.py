@@ -5,7 +5,7 @@ import hashlib
 import os
 import types
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,6 +18,13 @@ class DecodeError(UserError):
 
 class LabelError(UserError):
     """A label outside the classes of its data set. The message names the record."""
+
+
+class ArraySpec(NamedTuple):
+    """One entry of a batch's schema, {name: ArraySpec}: what each example brings to it."""
+
+    shape: tuple[int, ...]  # of one example
+    dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Evaluation:
         sums: dict[str, Any] = {}
         with self._inputs.eval_batches(self._positions, size) as batches:
             for index, batch in enumerate(itertools.islice(batches, self._max_batches)):
-                arrays = {name: batch[name] for name in (*self._task.batch_arrays, "weight")}
+                arrays = {name: batch[name] for name in (*self._task.batch_schema, "weight")}
                 arrays = global_batch(arrays, self._positions, size, self._mesh)
                 part = self._step(state, arrays, np.int32(index))
                 sums = jax.tree.map(lambda a, b: a + b, sums, part) if sums else part

@@ -94,7 +94,7 @@ def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32
     positions = local_positions(task.batch_size, task.mesh)
     with data.train_batches(positions, 0, 1) as batches:
         batch = next(batches)
-    arrays = {name: batch[name] for name in task.batch_arrays}
+    arrays = {name: batch[name] for name in task.batch_schema}
     arrays = global_batch(arrays, positions, task.batch_size, task.mesh)
 
     def some_images(batch: dict) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
+from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.interop.description import Description
@@ -81,7 +82,7 @@ class Task:
         raise NotImplementedError
 
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        """One update on `batch`, the fields `batch_arrays` names; metrics are means."""
+        """One update on `batch`, the fields `batch_schema` names; metrics are means."""
         raise NotImplementedError
 
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
@@ -94,9 +95,12 @@ class Task:
         raise NotImplementedError
 
     @property
-    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape (without the batch axis) and type of what a step takes."""
-        return {"image": (self.image_shape, np.uint8), "label": ((), np.int32)}
+    def batch_schema(self) -> dict[str, ArraySpec]:
+        """What a step takes."""
+        return {
+            "image": ArraySpec(self.image_shape, np.uint8),
+            "label": ArraySpec((), np.int32),
+        }
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params
 from mae_jax.evaluators.feature_cache import CachedFeatures
@@ -73,11 +74,14 @@ class LinearProbe(Task):
         )
 
     @property
-    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape (without the batch axis) and type of what a step takes."""
+    def batch_schema(self) -> dict[str, ArraySpec]:
+        """What a step takes."""
         if not self.cached:
-            return super().batch_arrays
-        return {"feature": ((self.encoder.width,), np.float32), "label": ((), np.int32)}
+            return super().batch_schema
+        return {
+            "feature": ArraySpec((self.encoder.width,), np.float32),
+            "label": ArraySpec((), np.int32),
+        }
 
     @property
     def train_flops_per_image(self) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params, state_sharding
 from mae_jax.evaluators.online_probe import Probe
@@ -58,9 +59,9 @@ class Pretrain(Task):
         )
 
     @property
-    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape (without the batch axis) and type of what a step takes: no labels."""
-        return {"image": (self.image_shape, np.uint8)}
+    def batch_schema(self) -> dict[str, ArraySpec]:
+        """What a step takes: no labels."""
+        return {"image": ArraySpec(self.image_shape, np.uint8)}
 
     @property
     def train_flops_per_image(self) -> int:

@@ -43,7 +43,7 @@ def lower_step(task: Any, abstract: Any) -> Any:
     totals = jax.eval_shape(lambda: zero_totals(task.metric_names))
     batch = {
         name: jax.ShapeDtypeStruct((task.batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in task.batch_arrays.items()
+        for name, (shape, dtype) in task.batch_schema.items()
     }
     return jax.jit(
         step,

@@ -27,7 +27,7 @@ def run_steps(config, devices=1, data=-1, fsdp=1, steps=4):
     losses = []
     with splits.train_batches(positions, 0, steps) as batches:
         for batch in batches:
-            arrays = {name: batch[name] for name in task.batch_arrays}
+            arrays = {name: batch[name] for name in task.batch_schema}
             arrays = mesh_lib.global_batch(arrays, positions, config.batch_size, task.mesh)
             state, metrics = step(state, arrays)
             losses.append(float(metrics["loss"]))

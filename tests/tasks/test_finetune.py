@@ -89,7 +89,7 @@ def test_frozen_blocks_cost_no_gradient_memory(supervised_config):
         task, _, state = make(config)
         batch = {
             name: jnp.zeros((config.batch_size, *shape), kind)
-            for name, (shape, kind) in task.batch_arrays.items()
+            for name, (shape, kind) in task.batch_schema.items()
         }
         compiled = jax.jit(task.train_step).lower(state, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes

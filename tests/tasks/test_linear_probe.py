@@ -75,7 +75,7 @@ def test_the_encoder_keeps_nothing_for_a_backward_pass(supervised_config):
         task, _, state = make(config)
         batch = {
             name: np.zeros((config.batch_size, *shape), kind)
-            for name, (shape, kind) in task.batch_arrays.items()
+            for name, (shape, kind) in task.batch_schema.items()
         }
         compiled = jax.jit(task.train_step).lower(state, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
