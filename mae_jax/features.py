@@ -31,8 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mae_jax import UserError
-from mae_jax.data.folder import EXTENSIONS
-from mae_jax.data.record import Record
+from mae_jax.data.folder import PictureFiles, list_pictures
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
 from mae_jax.interop import arguments
@@ -41,26 +40,6 @@ from mae_jax.storage.files import complete_or_absent, write_atomically
 
 KINDS = ("cls", "mean", "tokens", "logits")
 BATCHES_PER_PART = 16
-
-
-def list_images(folder: str | pathlib.Path) -> list[str]:
-    """Paths of all pictures below `folder`, relative to it, sorted.
-
-    Raises:
-      FileNotFoundError: no such folder, or no picture in it.
-    """
-    root = pathlib.Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--images: there is no folder {root}")
-    names = sorted(
-        str(pathlib.Path(place, file).relative_to(root))
-        for place, _, files in os.walk(root)
-        for file in files
-        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-    )
-    if not names:
-        raise UserError(f"--images: no picture below {root} ({' '.join(EXTENSIONS)})")
-    return names
 
 
 def extract(
@@ -94,7 +73,7 @@ def extract(
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size}: needs at least 1")
     batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-    names = list_images(images)
+    names = sorted(list_pictures(images, "--images"))
     checkpoint = arguments.open_weights(weights, known)
     d = checkpoint.description
     kinds = kinds or (d.pool or "cls",)
@@ -121,12 +100,9 @@ def extract(
         return {kind: values[kind] for kind in kinds}
 
     transform = EvalTransform(size=d.image_size, channels=d.channels)
-    root = pathlib.Path(images).expanduser()
 
     def load(name: str) -> np.ndarray:
-        file = root / name
-        image = np.load(file, allow_pickle=False) if name.endswith(".npy") else file.read_bytes()
-        return transform(Record(image, -1, str(file)))
+        return transform.image(PictureFiles(images, [name])[0])
 
     step = batch_size * BATCHES_PER_PART
     chunks = [names[start : start + step] for start in range(0, len(names), step)]

@@ -7,14 +7,13 @@ On one's own pictures, from a workdir, an official full checkpoint or a Hugging 
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from mae_jax.data.record import Record
+from mae_jax.data.folder import PictureFiles
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.interop import arguments
 from mae_jax.interop.build import build_mae
@@ -46,8 +45,8 @@ def reconstruct_files(
     d = checkpoint.description
     model, params = build_mae(d), checkpoint.params()
     transform = EvalTransform(size=d.image_size, channels=d.channels)
-    pictures = [transform(Record(pathlib.Path(f).read_bytes(), -1, str(f))) for f in files]
-    images = np.stack(pictures)  # [B, H, W, C] uint8
+    pictures = PictureFiles("", files)
+    images = np.stack([transform.image(pictures[i]) for i in range(len(files))])  # [B, H, W, C]
     x = ((images / 255.0 - np.asarray(d.mean)) / np.asarray(d.std)).astype(np.float32)
     keys = jax.random.split(jax.random.key(seed), len(files))
     sheets = []

@@ -103,7 +103,7 @@ def expected_scores(weights, source, chosen=None, crop=None):
     d = checkpoint.description
     transform = EvalTransform(d.image_size, d.channels, crop)
     records = [source[i] for i in range(len(source))]
-    images = np.stack([transform(record) for record in records])
+    images = np.stack([transform.image(record) for record in records])
     logits = np.asarray(classify(d)(model_params(checkpoint), images), np.float64)
     labels = np.array([record.label for record in records])
     if chosen is not None:

@@ -73,7 +73,8 @@ class DemoSource:
         top = int(rng.integers(0, height - side, endpoint=True))
         left = int(rng.integers(0, width - side, endpoint=True))
         crop = photograph[top : top + side, left : left + side]
-        return Record(crop, label, f"demo/{self.split}#{index} ({self.class_names[label]})")
+        name = f"demo/{self.split}#{index} ({self.class_names[label]})"
+        return Record(crop, label, name, id=index)
 
     def identity(self) -> str:
         """The crops follow from their photographs and numbers alone."""

@@ -1,8 +1,10 @@
-"""A folder of images: class sub-folders or flat, with or without split folders."""
+"""Picture files: the one lister, the one reader, and folders of them as training data."""
 
+import collections
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -10,155 +12,200 @@ from absl import logging
 from mae_jax import UserError
 from mae_jax.data.record import DecodeError, Record, files_identity, select, split_error
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".npy")  # case does not matter
+# Case does not matter. Pillow reads all of them; .npy is ours, for other channel counts.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".npy"),
+)
 VALIDATION_EVERY = 50  # without split folders, every 50th picture is kept for validation
+SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation"}
 
 
-class FolderSource:
-    """Pictures below ``data_dir/<split>/<class>/``, or flat in ``data_dir/<split>/``.
+def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
+    """Paths of all pictures below `folder`, relative to it; `field` names it in errors.
 
-    A split folder may be called ``val`` for ``validation``. Without any split folder ``data_dir``
-    itself holds the pictures (or class folders), and every 50th in sorted order is `validation`.
-    Classes are the sub-folders in sorted order; pictures deeper than that are not looked for.
-    ``.npy`` files hold uint8 [H, W, C], for channel counts picture formats cannot hold.
+    Folders come after the files beside them, both sorted by name. Links are followed, hidden files
+    and folders are not looked at. How many files were left out for their suffix is logged.
+
+    Raises:
+      UserError: no such folder, or no picture in it.
+    """
+    root = os.path.abspath(os.path.expanduser(folder))
+    if not os.path.isdir(root):
+        raise UserError(f"{field}: there is no folder {root}")
+    names: list[str] = []
+    left_out = collections.Counter()
+    above = {root: {os.path.realpath(root)}}  # a link may lead back up
+    for place, folders, files in os.walk(root, followlinks=True):
+        visible = sorted(f for f in folders if not f.startswith("."))
+        real = {f: os.path.realpath(os.path.join(place, f)) for f in visible}
+        folders[:] = [f for f in visible if real[f] not in above[place]]
+        above |= {os.path.join(place, f): above[place] | {real[f]} for f in folders}
+        inside = os.path.relpath(place, root)
+        for file in sorted(f for f in files if not f.startswith(".")):
+            if file.lower().endswith(EXTENSIONS):
+                names.append(os.path.normpath(os.path.join(inside, file)))
+            else:
+                left_out[pathlib.PurePath(file).suffix.lower() or "without suffix"] += 1
+    if left_out:
+        what = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
+        logging.warning("%s: left out %d files that are not read: %s", root, left_out.total(), what)
+    if not names:
+        raise UserError(f"{field}: no picture below {root} (looked for {' '.join(EXTENSIONS)})")
+    return names
+
+
+class PictureFiles:
+    """Picture files as a source of records. One string and its cuts hold 1.28 M names, so that
+    workers get them in milliseconds.
+
+    Args:
+      root: the folder below which they lie.
+      names: their paths below it; ``.npy`` files hold uint8 [H, W, C].
+      labels: [n]; None where there are none.
+      class_names: what the labels mean.
+      split: how records are named: ``folder/SPLIT#INDEX (PATH)``; empty: by their paths alone.
     """
 
     name = "folder"
 
-    def __init__(self, data_dir: str, split: str):
-        """Lists the files.
-
-        Raises:
-          FileNotFoundError: ``data_dir`` does not exist or holds no picture.
-          ValueError: unknown split, or pictures lying both loose and in class folders.
-        """
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        names: Sequence[str],
+        labels: np.ndarray | None = None,
+        class_names: list[str] | None = None,
+        split: str = "",
+    ):
         self.split = split
-        root = os.path.abspath(os.path.expanduser(data_dir))
-        if not os.path.isdir(root):
-            raise UserError(f"data.dir: there is no folder {root}")
-        self._dirs: list[str] = []  # folders with pictures; a record is a folder and a file name
-        folders = _split_folders(root)
-        if folders:
-            wanted = [s for s in folders if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", split)]
-            if not wanted:
-                raise split_error(split, {s: 0 for s in folders}, "no such folder in " + root)
-            self.class_names = _class_names([folders[s] for s in wanted])
-            listed = {s: self._list(folders[s]) for s in wanted}
-            lengths = {s: len(names) for s, (names, _, _) in listed.items()}
-            names = [n for part, _, _ in listed.values() for n in part]
-            where = np.concatenate([w for _, w, _ in listed.values()])
-            labels = np.concatenate([c for _, _, c in listed.values()])
-        else:
-            self.class_names = _class_names([root])
-            names, where, labels = self._list(root)
-            held_out = np.arange(len(names)) % VALIDATION_EVERY == 0
-            order = np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)])
-            names, where, labels = [names[i] for i in order], where[order], labels[order]
-            lengths = {"train": int((~held_out).sum()), "validation": int(held_out.sum())}
-            logging.info(
-                "%s has no train or validation folder: every %dth of its pictures is validation "
-                "(%d), the rest train (%d)",
-                *(root, VALIDATION_EVERY, lengths["validation"], lengths["train"]),
-            )
-        chosen = select(split, lengths)
-        self.num_classes = len(self.class_names) if self.class_names else None
-        # One string and its cuts instead of a list: 1.28 M paths then pickle in milliseconds.
-        encoded = [os.fsencode(names[i]) for i in chosen]
+        self.class_names = class_names
+        self.num_classes = len(class_names) if class_names else None
+        self._root = os.path.abspath(os.path.expanduser(root))
+        encoded = [os.fsencode(name) for name in names]
         self._names = b"".join(encoded)
         self._cuts = np.cumsum([0, *map(len, encoded)])  # [n + 1]
-        self._where = where[chosen]  # [n], index into _dirs
-        self._labels = labels[chosen]  # [n]
-
-    def _list(self, folder: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """File names, folder index and label of every picture of one split."""
-        names: list[str] = []
-        where, labels = [], []
-        classes = {name: i for i, name in enumerate(self.class_names or [])}
-        for sub in [None, *sorted(_subfolders(folder))]:
-            here = folder if sub is None else os.path.join(folder, sub)
-            found = sorted(_pictures(here))
-            if not found:
-                continue
-            if sub is not None and labels and labels[0] == -1:
-                raise ValueError(
-                    f"data.dir: {folder} holds pictures both loose (e.g. {names[0]}) and in "
-                    f"sub-folders (e.g. {sub}); move them to one or the other"
-                )
-            self._dirs.append(here)
-            names += found
-            where += [len(self._dirs) - 1] * len(found)
-            labels += [-1 if sub is None else classes[sub]] * len(found)
-        if not names:
-            raise UserError(
-                f"data.dir: no picture in {folder} nor in its sub-folders "
-                f"(looked for {' '.join(EXTENSIONS)})"
-            )
-        return names, np.asarray(where, np.int32), np.asarray(labels, np.int32)
+        self._labels = np.full(len(names), -1, np.int32) if labels is None else labels
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def _path(self, index: int) -> str:
+        name = os.fsdecode(self._names[self._cuts[index] : self._cuts[index + 1]])
+        return os.path.join(self._root, name)
 
     def identity(self) -> str:
         """Of all picture files, and the classes they count as."""
         return files_identity(map(self._path, range(len(self)))) + str(self.class_names)
 
-    def _path(self, index: int) -> str:
-        file = os.fsdecode(self._names[self._cuts[index] : self._cuts[index + 1]])
-        return os.path.join(self._dirs[self._where[index]], file)
-
     def __getitem__(self, index: int) -> Record:
         path = self._path(index)
-        name = f"folder/{self.split}#{index} ({path})"
-        if path.lower().endswith(".npy"):
-            image = _load_array(path, name)
-        else:
-            image = pathlib.Path(path).read_bytes()
-        return Record(image, int(self._labels[index]), name)
+        name = f"folder/{self.split}#{index} ({path})" if self.split else path
+        try:
+            if path.lower().endswith(".npy"):
+                image = np.load(path, allow_pickle=False)
+            else:
+                image = pathlib.Path(path).read_bytes()
+        except (OSError, ValueError, EOFError) as e:
+            raise DecodeError(f"{name}: cannot be read: {e}") from e
+        return Record(image, int(self._labels[index]), name, id=index, upright=True)
+
+
+def open_folder(data_dir: str, split: str) -> PictureFiles:
+    """Pictures in ``data_dir/<split>/<class>/``, or unlabelled in ``data_dir/<split>/``.
+
+    A split folder may be called ``val`` for ``validation``, in any case. Without any split folder
+    ``data_dir`` itself holds the pictures (or class folders), and every 50th in sorted order is
+    `validation`. Classes are the sub-folders in sorted order.
+
+    Raises:
+      UserError: no such folder, no picture, unknown split, or folders whose classes are unclear.
+    """
+    root = os.path.abspath(os.path.expanduser(data_dir))
+    if not os.path.isdir(root):
+        raise UserError(f"data.dir: there is no folder {root}")
+    folders = _split_folders(root)  # {"train": "train", "validation": "val"}
+    if not folders:
+        names, labels, class_names = _list_classes(root)
+        held_out = np.arange(len(names)) % VALIDATION_EVERY == 0
+        order = np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)])
+        names, labels = [names[i] for i in order], labels[order]
+        lengths = {"train": int((~held_out).sum()), "validation": int(held_out.sum())}
+        logging.info(
+            "%s has no train or validation folder: every %dth of its pictures is validation "
+            "(%d), the rest train (%d)",
+            *(root, VALIDATION_EVERY, lengths["validation"], lengths["train"]),
+        )
+    else:
+        wanted = [s for s in folders if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", split)]
+        if not wanted:
+            why = f"{root} has no such folder"
+            if "validation" in split:
+                why += " (nor val/): make one, or set data.eval_split to a part of another split"
+            raise split_error(split, dict.fromkeys(folders), why)
+        names, labels, lengths, class_names = [], [], {}, None
+        for part in wanted:
+            folder = os.path.join(root, folders[part])
+            found, labels_found, classes = _list_classes(folder, empty_is_error=part == "train")
+            if part != wanted[0] and classes != class_names:
+                raise UserError(
+                    f"data.dir: {folder} has other classes than {folders[wanted[0]]}/: "
+                    f"{sorted(set(classes or ()) ^ set(class_names or ()))[:5]}"
+                )
+            class_names = classes
+            names += [os.path.join(folders[part], name) for name in found]
+            labels.append(labels_found)
+            lengths[part] = len(found)
+        labels = np.concatenate(labels)
+    chosen = select(split, lengths)
+    return PictureFiles(root, [names[i] for i in chosen], labels[chosen], class_names, split)
 
 
 def _split_folders(root: str) -> dict[str, str]:
-    """Split name -> folder; empty when ``root`` is not divided into splits."""
-    subs = sorted(_subfolders(root))
-    if not {"train", "validation", "val"} & set(subs):
-        return {}
-    return {("validation" if s == "val" else s): os.path.join(root, s) for s in subs}
+    """Split -> name of its folder; empty when ``root`` is not divided into splits."""
+    found: dict[str, str] = {}
+    for folder in sorted(_subfolders(root)):
+        split = SPLIT_NAMES.get(folder.lower(), folder)
+        if split in found:
+            raise UserError(
+                f"data.dir: {root} has both {found[split]}/ and {folder}/, and both mean {split}; "
+                "rename or remove one"
+            )
+        found[split] = folder
+    return found if {"train", "validation"} & found.keys() else {}
 
 
-def _class_names(folders: list[str]) -> list[str] | None:
-    """Sub-folders of the first split folder that has any: the classes every split must share."""
-    for folder in folders:
-        if classes := sorted(_subfolders(folder)):
-            for other in folders:
-                if extra := set(_subfolders(other)) - set(classes):
-                    raise ValueError(
-                        f"data.dir: {other} has classes that {folder} lacks: {sorted(extra)[:5]}"
-                    )
-            return classes
-    return None
+def _list_classes(
+    folder: str, empty_is_error: bool = True
+) -> tuple[list[str], np.ndarray, list[str] | None]:
+    """Pictures below `folder`, their labels [n] int32 (-1: none), and names of the classes."""
+    names = list_pictures(folder, "data.dir")
+    places = [os.path.dirname(name) for name in names]
+    for name, place in zip(names, places, strict=True):
+        if os.sep in place:
+            raise UserError(
+                f"data.dir: {os.path.join(folder, name)} lies too deep: a class is one folder "
+                f"directly in {folder}, with its pictures directly in it"
+            )
+    if "" in places:
+        if labelled := set(places) - {""}:
+            raise UserError(
+                f"data.dir: {folder} holds pictures both loose (e.g. {names[0]}) and in "
+                f"sub-folders (e.g. {min(labelled)}); move them to one or the other"
+            )
+        return names, np.full(len(names), -1, np.int32), None
+    class_names = sorted(_subfolders(folder))
+    if empty := sorted(set(class_names) - set(places)):
+        message = (
+            f"data.dir: no picture in {len(empty)} of {len(class_names)} class folders in {folder}"
+            f", e.g. {empty[0]}/, which counts as a class all the same"
+        )
+        if empty_is_error:
+            raise UserError(f"{message}; fill or remove it")
+        logging.warning("%s", message)
+    label = {name: i for i, name in enumerate(class_names)}
+    return names, np.asarray([label[place] for place in places], np.int32), class_names
 
 
 def _subfolders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
         return [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
-
-
-def _pictures(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [
-            e.name
-            for e in entries
-            if not e.name.startswith(".") and e.name.lower().endswith(EXTENSIONS) and e.is_file()
-        ]
-
-
-def _load_array(path: str, name: str) -> np.ndarray:
-    try:
-        image = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as e:
-        raise DecodeError(f"{name}: not a readable .npy file: {e}") from e
-    if image.ndim != 3 or image.dtype != np.uint8:
-        raise DecodeError(
-            f"{name}: a .npy picture must be uint8 [H, W, C], this is {image.dtype} "
-            f"{list(image.shape)}"
-        )
-    return image

@@ -205,7 +205,7 @@ class _BatchBuilder:
         # is Grain's element and each row is written where it belongs.
         b = len(self.positions)
         batch = {
-            "image": np.zeros((b, *self.transform.shape), np.uint8),  # [b, H, W, C]
+            "image": np.zeros((b, *self.transform.schema["image"].shape), np.uint8),  # [b, H, W, C]
             "label": np.zeros(b, np.int32),
             "weight": np.zeros(b, np.float32),
         }
@@ -265,7 +265,7 @@ class _TrainBuilder(_BatchBuilder):
             try:
                 record = self.source[(first + i) % n]
                 # A substitute is cropped by the numbers of the row it stands in for.
-                out[:] = self.transform(record, example_rng(self.seed, g))
+                out[:] = self.transform(record, example_rng(self.seed, g))["image"]
             except DecodeError as e:
                 if not self.skip:
                     raise
@@ -287,7 +287,7 @@ class _EvalBuilder(_BatchBuilder):
             return 0, 0.0
         try:
             record = self.source[g]
-            out[:] = self.transform(record, None)
+            out[:] = self.transform(record, None)["image"]
         except DecodeError as e:
             if not self.skip:
                 raise

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from mae_jax import UserError
+
 MAX_LEVEL = 10.0
 APPLY_PROBABILITY = 0.5  # of each op drawn
 
@@ -187,7 +189,7 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         if len(self.fill) not in (1, 3) or not all(0 <= v <= 255 for v in self.fill):
-            raise ValueError(
+            raise UserError(
                 f"augment.randaugment: works on pictures of 1 or 3 channels, filled by grey levels "
                 f"0 to 255; got fill {self.fill}. Set augment.randaugment='' to do without"
             )
@@ -251,7 +253,7 @@ def parse_randaugment(spec: str, fill: Fill) -> RandAugment:
                 increasing=values["inc"] == 1,
                 fill=tuple(fill),
             )
-    raise ValueError(
+    raise UserError(
         f"augment.randaugment={spec!r}: write it as rand-m9-mstd0.5-inc1 with m and mstd in "
         "[0, 10], inc 0 or 1, and n (ops drawn, e.g. n2) at least 1, each at most once; "
         "or '' for none"

@@ -37,6 +37,10 @@ class Record:
     """Class index; -1 when unlabelled."""
     name: str
     """Names the record in messages: ``imagenet2012/train#17 (n01440764_10026.JPEG)``."""
+    id: int = -1
+    """Its index in the split it was read from: ``source[record.id]`` reads it again."""
+    upright: bool = False
+    """Whether EXIF orientation is honoured: in files of one's own, not in prepared data sets."""
 
 
 class Source(Protocol):
@@ -83,7 +87,7 @@ def select(spec: str, lengths: Mapping[str, int], field: str = "data.train_split
       int64 [n], n > 0.
 
     Raises:
-      ValueError: unknown split, bad slice, or nothing in it.
+      UserError: unknown split, bad slice, or nothing in it.
     """
     starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]), strict=False))
     if spec in lengths:  # the usual case does not need TFDS, whose import takes half a second
@@ -110,10 +114,10 @@ def select(spec: str, lengths: Mapping[str, int], field: str = "data.train_split
     return indices
 
 
-def split_error(spec: str, lengths: Mapping[str, int], why: object) -> ValueError:
+def split_error(spec: str, lengths: Mapping[str, int | None], why: object) -> UserError:
     """The one message about a split that cannot be read; lists the splits that exist."""
-    exist = ", ".join(f"{name} ({n} records)" for name, n in lengths.items()) or "none"
-    return ValueError(
-        f"data.train_split / data.eval_split: cannot read {spec!r}: {why}\n"
-        f"Splits that exist: {exist}. Slices are written as in TFDS: train[:10%], train[100:200]."
+    exist = [name if n is None else f"{name} ({n} records)" for name, n in lengths.items()]
+    return UserError(
+        f"data.train_split / data.eval_split: cannot read {spec!r}: {why}. Splits that exist: "
+        f"{', '.join(exist) or 'none'}. Slices are written as in TFDS: train[:10%], train[100:200]"
     )

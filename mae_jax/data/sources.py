@@ -1,5 +1,6 @@
 """Where pictures come from: any TFDS dataset, a folder of images, or the embedded default."""
 
+from mae_jax import UserError
 from mae_jax.data.record import DecodeError, LabelError, Record, Source
 
 __all__ = ["DecodeError", "LabelError", "Record", "Source", "open_source"]
@@ -18,26 +19,25 @@ def open_source(name: str, data_dir: str | None, split: str) -> Source:
       A picklable source with random access to its records.
 
     Raises:
-      ValueError: a field that cannot be right; FileNotFoundError: data that is not there;
-      ImportError: ``demo`` without its extra. Each message names the field and the remedy.
+      UserError: a field that cannot be right, data or an extra that is not there.
     """
     if not name:
-        raise ValueError("data.name is empty: give `demo`, `folder` or the name of a TFDS dataset")
+        raise UserError("data.name is empty: give `demo`, `folder` or the name of a TFDS dataset")
     # One import per kind of source: TFDS takes half a second that the others need not spend.
     if name == "demo":
         from mae_jax.data.demo import DemoSource
 
         return DemoSource(split)
     if not data_dir:
-        raise ValueError(
+        raise UserError(
             f"data.dir is not set, and data.name={name!r} needs it: the folder of images for "
             "`folder`, the folder given to `tfds build --data_dir` for a TFDS dataset "
             "(TFDS itself uses ~/tensorflow_datasets)"
         )
     if name == "folder":
-        from mae_jax.data.folder import FolderSource
+        from mae_jax.data.folder import open_folder
 
-        return FolderSource(data_dir, split)
+        return open_folder(data_dir, split)
     from mae_jax.data.tfds_source import TfdsSource
 
     return TfdsSource(name, data_dir, split)

@@ -36,6 +36,7 @@ class Splits:
             scale=tuple(data.scale),
             ratio=tuple(data.ratio),
             crop=data.crop,
+            resize=data.resize,
             randaugment=parse_randaugment(spec, fill) if spec else None,
         )
         self.eval_transform = EvalTransform(
@@ -93,7 +94,7 @@ class Splits:
         for i in range(len(self.eval)):
             try:
                 record = self.eval[(index + i) % len(self.eval)]
-                return self.eval_transform(record), record.label, record.name
+                return self.eval_transform.image(record), record.label, record.name
             except DecodeError:
                 if self._loading["bad_records"] != "skip":
                     raise

@@ -70,7 +70,7 @@ class TfdsSource:
         elif file_format == "tfrecord":
             self._reader = TfrecordReader(paths, [p.examples_in_shard for p in pieces])
         else:
-            raise ValueError(
+            raise UserError(
                 f"data.dir: {folder} is in the format {file_format!r}; array_record and tfrecord "
                 f"can be read. {_how_to_prepare(name, data_dir)}"
             )
@@ -103,7 +103,7 @@ class TfdsSource:
         label = -1
         if self._label_key is not None and self._label_key in features:
             label = features[self._label_key].int64_list.value[0]
-        return Record(features[self._image_key].bytes_list.value[0], label, name)
+        return Record(features[self._image_key].bytes_list.value[0], label, name, id=index)
 
 
 def find_dataset(name: str, data_dir: str) -> str:
@@ -116,13 +116,13 @@ def find_dataset(name: str, data_dir: str) -> str:
       ValueError: ``name`` is malformed or leaves several configs to choose from.
     """
     if "://" in data_dir:
-        raise ValueError(
+        raise UserError(
             f"data.dir={data_dir!r} is not a local path; mount the bucket (e.g. with gcsfuse) or "
             "copy the dataset, then give the local folder"
         )
     parsed = re.fullmatch(r"([\w-]+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
     if not parsed:
-        raise ValueError(
+        raise UserError(
             f"data.name={name!r} is not `demo`, `folder`, or a TFDS dataset written as `name`, "
             "`name:1.2.3`, `name/config` or `name/config:1.2.3`"
         )
@@ -135,7 +135,7 @@ def find_dataset(name: str, data_dir: str) -> str:
     if not versions and not config and folder.is_dir():
         configs = sorted(d.name for d in folder.iterdir() if d.is_dir() and _versions(d))
         if len(configs) > 1:
-            raise ValueError(
+            raise UserError(
                 f"data.name: {dataset} is prepared in several configs; choose one of "
                 + ", ".join(f"{dataset}/{c}" for c in configs)
             )
@@ -180,13 +180,13 @@ def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
             break
     else:
         if len(images) != 1:
-            raise ValueError(
+            raise UserError(
                 f"data.name: {folder} must have one picture in a record, `image` or the only "
                 f"Image feature; it has {images or 'none'} among {sorted(features)}"
             )
         key = images[0]
     if np.dtype(features[key].np_dtype) not in (np.uint8, np.uint16):
-        raise ValueError(
+        raise UserError(
             f"data.name: feature {key!r} of {folder} is {features[key].np_dtype}; pictures of "
             "8 or 16 bits can be read"
         )
@@ -210,7 +210,7 @@ def _allow_open_files(count: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise OSError(
+        raise UserError(
             f"the dataset has {count} shards and this process may open {hard} files; "
             f"raise the limit: ulimit -n {needed}"
         )

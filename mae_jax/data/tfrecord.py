@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
+from mae_jax import UserError
+
 HEADER = 12  # bytes before the data: length and its checksum
 FOOTER = 4  # bytes after the data: its checksum
 INDEX_FOLDER = ".mae_jax_index"  # beside the shards
@@ -40,7 +42,7 @@ class TfrecordReader:
             self._offsets = list(pool.map(offset_index, self._paths))  # per shard: [n + 1]
         for path, offsets, length in zip(self._paths, self._offsets, shard_lengths, strict=True):
             if len(offsets) - 1 != length:
-                raise ValueError(
+                raise UserError(
                     f"{path} holds {len(offsets) - 1} records where dataset_info.json says "
                     f"{length}: the shard is damaged or from another build; prepare it again"
                 )
@@ -107,8 +109,8 @@ def _walk(path: str, size: int) -> np.ndarray:
     return np.asarray(offsets, np.int64)
 
 
-def _truncated(path: str, size: int, record: int) -> ValueError:
-    return ValueError(
+def _truncated(path: str, size: int, record: int) -> UserError:
+    return UserError(
         f"{path} is truncated: record {record} runs past its end at byte {size}. "
         "Copy or prepare the shard again."
     )
@@ -128,7 +130,7 @@ def _check_headers(path: str, headers: list[bytes]) -> None:
     masked = ((crc >> np.uint32(15)) | (crc << np.uint32(17))) + np.uint32(0xA282EAD8)
     stored = raw[:, 8:].copy().view("<u4")[:, 0]
     if (bad := np.flatnonzero(masked != stored)).size:
-        raise ValueError(
+        raise UserError(
             f"{path}: the header of record {bad[0]} fails its checksum; the file is damaged or "
             "not a TFRecord file. Copy or prepare the shard again."
         )

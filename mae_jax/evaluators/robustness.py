@@ -76,12 +76,12 @@ BENCHMARKS = {
 
 
 def require_present(data: Sequence[str], data_dir: str) -> None:
-    """Raises FileNotFoundError that tells which data sets are missing and how to get them."""
-    missing: dict[str, FileNotFoundError] = {}
+    """Raises UserError that tells which data sets are missing and how to get them."""
+    missing: dict[str, UserError] = {}
     for name in data:
         try:
             find_dataset(name, data_dir)
-        except FileNotFoundError as error:
+        except UserError as error:
             missing[name] = error
     if missing:
         first, *others = missing

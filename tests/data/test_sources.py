@@ -8,7 +8,9 @@ from tiny_dataset import TinyDataset, jpeg
 
 from mae_jax import UserError
 from mae_jax.data import demo
+from mae_jax.data.folder import list_pictures
 from mae_jax.data.sources import DecodeError, open_source
+from mae_jax.data.transforms import decode
 
 SPLITS = {"train": [5, 7, 4], "validation": [6]}
 
@@ -96,7 +98,7 @@ def test_tfds_errors_name_field_and_remedy(tmp_path):
     with pytest.raises(UserError, match=r"data\.dir: there is no folder"):
         open_source("tiny", str(tmp_path / "absent"), "train")
     with pytest.raises(
-        FileNotFoundError, match=r"folders in .*: tiny.*tfds build imagenet2012.*array_record"
+        UserError, match=r"folders in .*: tiny.*tfds build imagenet2012.*array_record"
     ):
         open_source("imagenet2012", dataset.root, "train")
     with pytest.raises(ValueError, match=r"train \(16 records\), validation \(6 records\)"):
@@ -168,24 +170,114 @@ def test_folder_of_arrays_holds_any_channel_count(tmp_path):
     np.save(tmp_path / "train" / "x.npy", pixels)
     np.testing.assert_array_equal(open_source("folder", str(tmp_path), "train")[0].image, pixels)
     np.save(tmp_path / "train" / "x.npy", pixels.astype(np.float32))
+    record = open_source("folder", str(tmp_path), "train")[0]
     with pytest.raises(DecodeError, match=r"x\.npy\).*float32"):
+        decode(record.image, 7, record.name)
+    (tmp_path / "train" / "x.npy").write_bytes(b"nothing")
+    with pytest.raises(DecodeError, match=r"x\.npy\): cannot be read"):
         open_source("folder", str(tmp_path), "train")[0]
 
 
 def test_folder_errors_name_field_and_remedy(folder, tmp_path):
     with pytest.raises(UserError, match=r"data\.dir: there is no folder"):
         open_source("folder", str(folder / "absent"), "train")
-    with pytest.raises(ValueError, match=r"cannot read 'test'.*\n.*train.*validation"):
+    with pytest.raises(ValueError, match=r"cannot read 'test'.*train, validation\."):
         open_source("folder", str(folder), "test")
     with pytest.raises(ValueError, match=r"train\[:999\]"):
         open_source("folder", str(folder), "train[:999]")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match=r"no picture in .*empty"):
+    with pytest.raises(UserError, match=r"no picture below .*empty"):
         open_source("folder", str(empty), "train")
     (folder / "train" / "loose.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="both loose"):
         open_source("folder", str(folder), "train")
+
+
+def pictures(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("names", "folders", "split", "message"),
+    [
+        (["train/a/1.jpg"], [], "validation", r"no such folder.*val/.*data\.eval_split.*: train\."),
+        (
+            ["train/a/b/1.jpg"],
+            [],
+            "train",
+            r"train/a/b/1\.jpg lies too deep",
+        ),
+        (["train/a/1.jpg"], ["train/b"], "train", r"1 of 2 class folders.*b/.*fill or remove"),
+        (["a/1.jpg"], ["b"], "train", r"1 of 2 class folders.*b/.*fill or remove"),
+        (["val/1.jpg", "validation/1.jpg"], [], "validation", "both val/ and validation/"),
+        (["train/a/1.heic"], [], "train", r"no picture below .*train"),
+    ],
+)
+def test_folders_that_train_nonsense_are_refused_with_the_remedy(
+    tmp_path, names, folders, split, message
+):
+    pictures(tmp_path, *names)
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match=message):
+        open_source("folder", str(tmp_path), split)
+
+
+def test_split_folders_are_found_in_any_case(tmp_path):
+    pictures(tmp_path, "Train/a/1.jpg", "VAL/a/2.jpg")
+    assert len(open_source("folder", str(tmp_path), "train")) == 1
+    assert open_source("folder", str(tmp_path), "validation")[0].name.endswith("VAL/a/2.jpg)")
+
+
+def test_a_class_without_validation_pictures_keeps_its_place(tmp_path, caplog):
+    pictures(
+        tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "val/a/1.jpg", "val/c/1.jpg"
+    )
+    (tmp_path / "val" / "b").mkdir()
+    with caplog.at_level("WARNING"):
+        source = open_source("folder", str(tmp_path), "validation")
+    assert (source.class_names, source[1].label) == (["a", "b", "c"], 2)
+    assert "b/" in caplog.text
+
+
+def test_pictures_of_all_formats_are_listed_and_others_counted_aloud(tmp_path, caplog):
+    read = ["a.JPG", "b.jpe", "c.jfif", "d.TIF", "e.tiff", "f.avif", "g.jp2", "h.npy"]
+    pictures(tmp_path, *read, "x.heic", "y.HEIC", "notes.txt", ".hidden.png")
+    with caplog.at_level("WARNING"):
+        assert list_pictures(tmp_path, "--images") == read
+    assert "left out 3 files that are not read: 2 .heic, 1 .txt" in caplog.text
+    with pytest.raises(UserError, match="--images: there is no folder"):
+        list_pictures(tmp_path / "absent", "--images")
+
+
+def test_linked_class_folders_are_followed_but_never_in_circles(tmp_path):
+    pictures(tmp_path / "elsewhere", "1.jpg", "2.jpg")
+    pictures(tmp_path / "data", "train/a/3.jpg")
+    train = tmp_path / "data" / "train"
+    for name in ("b", "c"):
+        (train / name).symlink_to(tmp_path / "elsewhere")
+    expected = ["a/3.jpg", "b/1.jpg", "b/2.jpg", "c/1.jpg", "c/2.jpg"]
+    assert list_pictures(train, "--images") == expected
+    source = open_source("folder", str(tmp_path / "data"), "train")
+    assert [source[i].label for i in range(5)] == [0, 1, 1, 2, 2]
+    (train / "a" / "up").symlink_to(train)
+    (tmp_path / "elsewhere" / "back").symlink_to(train / "a")
+    found = list_pictures(train, "--images")
+    assert len(set(found)) == len(found) < 20
+
+
+def test_files_are_upright_and_every_record_tells_its_index(folder):
+    source = open_source("folder", str(folder), "train[2:5]")
+    assert [(source[i].id, source[i].upright) for i in range(3)] == [
+        (0, True),
+        (1, True),
+        (2, True),
+    ]
+    assert not open_source("demo", None, "train[3:5]")[1].upright
+    assert open_source("demo", None, "train[3:5]")[1].id == 1
 
 
 def test_demo_is_deterministic_balanced_and_sliced():

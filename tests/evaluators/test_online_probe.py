@@ -118,7 +118,7 @@ def features_by_hand(params, source, pool="cls"):
     """Of every picture that can be decoded, one at a time."""
     transform = EvalTransform(size=(16, 16), channels=3)
     good = [i for i in range(len(source)) if i not in source.broken]
-    tokens = [encoder()(params, transform(source[i])[None]) for i in good]
+    tokens = [encoder()(params, transform.image(source[i])[None]) for i in good]
     return np.asarray(pool_tokens(jnp.concatenate(tokens), pool)), source.labels[good]
 
 

@@ -135,7 +135,7 @@ def test_features_of_a_folder_in_order_for_every_kind(weights, pictures, tmp_pat
     from mae_jax.data.transforms import EvalTransform
 
     picture = (pictures / names[20]).read_bytes()
-    image = EvalTransform(size=(32, 32))(Record(picture, -1, "x"))
+    image = EvalTransform(size=(32, 32)).image(Record(picture, -1, "x"))
     params = model_params(open_checkpoint(weights))
     np.testing.assert_allclose(
         features_function(SMALL)(params, image[None])["tokens"][0], last, atol=1e-5

@@ -100,7 +100,7 @@ def test_cached_features_are_those_of_the_evaluation_crop(supervised_config, tmp
             places = step * config.batch_size + positions
             indices = [example_index(config.seed, int(g), len(splits.train)) for g in places]
             chosen = [splits.train[index] for index in indices]
-            images = np.stack([splits.eval_transform(record) for record in chosen])
+            images = np.stack([splits.eval_transform.image(record) for record in chosen])
             expected = compute(state.frozen, images)
             np.testing.assert_allclose(row["feature"], expected, rtol=1e-4, atol=1e-5)
             np.testing.assert_array_equal(row["label"], [record.label for record in chosen])
