@@ -19,7 +19,8 @@ from mae_jax.interop import arguments
 from mae_jax.interop.build import build_mae
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.models.masking import sample_masking
-from mae_jax.pictures.grids import COLUMNS, reconstruction_grid, save_png
+from mae_jax.pictures.grids import COLUMNS, reconstruction_grid
+from mae_jax.storage.files import write_png
 
 
 def reconstruct_files(
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         sheet = reconstruct_files(
             args.weights, args.images, args.mask_ratio, seed=args.seed, **known
         )
-        save_png(sheet, args.output)
+        write_png(args.output, sheet)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,5 @@
 """Sheets of pictures: reconstructions, augmentations, predictions (paper figures 2 to 4)."""
 
-import os
-import pathlib
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -126,12 +124,3 @@ def _sheet(rows: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
             corner = (GAP + column * cell_w, HEADER + row * cell_h)
             sheet.paste(Image.fromarray(rows[row, column]), corner)
     return np.asarray(sheet)
-
-
-def save_png(sheet: np.ndarray, path: str | pathlib.Path) -> None:
-    """Writes [height, width, 3] uint8 as PNG; the file appears complete or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(sheet).save(temporary, format="PNG")
-    os.replace(temporary, path)

@@ -10,6 +10,7 @@ import numpy as np
 from mae_jax.augment.pixels import denormalize
 from mae_jax.distributed.mesh import global_batch, local_positions, replicate, replicated
 from mae_jax.pictures import grids
+from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState
 
 
@@ -42,7 +43,7 @@ class Reconstructions:
             mean=self._task.mean,
             std=self._task.std,
         )
-        grids.save_png(sheet, self._directory / f"step_{step:08d}.png")
+        write_png(self._directory / f"step_{step:08d}.png", sheet)
 
 
 class Predictions:
@@ -78,7 +79,7 @@ class Predictions:
         sheet = grids.prediction_grid(
             self._images, self._labels, np.asarray(probabilities), self._names
         )
-        grids.save_png(sheet, self._directory / f"step_{step:08d}.png")
+        write_png(self._directory / f"step_{step:08d}.png", sheet)
 
 
 def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32) -> None:
@@ -104,4 +105,4 @@ def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32
 
     images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
     if jax.process_index() == 0:
-        grids.save_png(grids.image_grid(np.asarray(images)), path)
+        write_png(path, grids.image_grid(np.asarray(images)))

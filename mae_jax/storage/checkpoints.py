@@ -1,13 +1,16 @@
-"""Checkpoints: Orbax behind one small class.
+"""Checkpoints: their layout on disk, and Orbax behind one small class.
 
-A checkpoint is the state plus a record (JSON) of everything a resume needs beside it: config, seed,
-data position, elapsed time, and a fingerprint of every tensor, so that a file damaged on disk is
-noticed instead of trained on.
+A checkpoint is a folder named by its step, with the state (`state/`) and a record (`record/`, JSON)
+of everything a resume needs beside it: config, seed, data position, elapsed time, and a fingerprint
+of every tensor, so that a file damaged on disk is noticed instead of trained on.
 """
 
 import contextlib
+import functools
+import json
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mae_jax import UserError
+from mae_jax.storage.files import PathLike, explain_failure, write_atomically
+from mae_jax.storage.processes import first_line, in_every_process, tell_all
+
+# There from the start of a run until its first checkpoint is complete: only then may a run that
+# finds no checkpoint begin at step 0.
+_NONE_YET = "no-checkpoint-yet"
+# The order of a state's parts in fingerprints that are lists (those of version 0.1).
+_LISTED = ("step", "params", "opt_state", "ema", "frozen", "statistics")
 
 
 @jax.jit
@@ -34,20 +44,105 @@ def fingerprint(tree: Any) -> jax.Array:
     return jnp.stack([sum_bits(x) for x in jax.tree.leaves(tree)])
 
 
+class Checkpoint:
+    """One complete checkpoint on disk. Its methods talk to no other process.
+
+    Attributes:
+      record: what was saved beside the state.
+      tree: the state as it was saved, nested dicts and lists, with shapes and types for tensors.
+
+    Raises:
+      Exception: of many types, from Orbax and TensorStore, where files are damaged.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._path = folder / "state"
+        self.record = ocp.JsonCheckpointHandler().restore(folder / "record")
+        self.tree = ocp.PyTreeCheckpointHandler().metadata(self._path).tree
+
+    def read(self, wanted: dict[str, jax.ShapeDtypeStruct] | Sequence[str]) -> dict[str, Any]:
+        """Tensors by name.
+
+        Args:
+          wanted: how every tensor of the state is to lie on devices; or the parts of the state to
+            read as numpy arrays, those that were saved.
+        """
+        if not isinstance(wanted, dict):
+            parts = {part: self.tree[part] for part in wanted if part in self.tree}
+            return by_name(_restore(self._path, parts, _as_numpy))
+        request = _map_names(wanted.__getitem__, self.tree)
+        return by_name(_restore(self._path, request, _as_array))
+
+    def check(self, sums: dict[str, int]) -> None:
+        """Raises UserError unless tensors are those that were saved.
+
+        Args:
+          sums: the `fingerprint` of each.
+        """
+        saved = self.record["fingerprint"]
+        if isinstance(saved, list):  # the sort is stable: within a part it keeps the tree's order
+            names = sorted(by_name(self.tree), key=lambda name: _LISTED.index(name.split("/")[0]))
+            saved = dict(zip(names, saved, strict=True))
+        if damaged := [name for name in sums if sums[name] != saved.get(name)]:
+            raise UserError(f"{len(damaged)} tensor(s) changed on disk, first {damaged[0]}")
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+
+
+def read_newest(
+    directory: pathlib.Path, parts: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The newest whole checkpoint of a run, for others than the run itself.
+
+    Args:
+      parts: fields of the state to read; those that were not saved are None.
+
+    Returns:
+      the parts as trees of numpy arrays, the record, and a note on every newer checkpoint that is
+      damaged (all are left as they are).
+
+    Raises:
+      UserError: none is whole.
+    """
+    notes = []
+    for step in reversed(steps_in(directory)):
+        try:
+            checkpoint = Checkpoint(directory.absolute() / str(step))
+            tensors = checkpoint.read(parts)
+            checkpoint.check({name: _sum_bits(x) for name, x in tensors.items()})
+        except Exception as error:
+            notes.append(f"checkpoint {step} is damaged and passed over ({first_line(error)})")
+            continue
+        chosen = {part: checkpoint.tree.get(part) for part in parts}
+        return _map_names(tensors.__getitem__, chosen), checkpoint.record, notes
+    raise UserError("; ".join([f"{directory}: no complete checkpoint here", *notes]))
+
+
 class Checkpoints:
     """The numbered checkpoints of one run, the newest `keep` of them.
 
     Saving is asynchronous: `save` returns once the state is copied off the devices, and a
-    checkpoint gets its final name only when it is complete.
+    checkpoint gets its final name only when it is complete. Every process must call every method.
     """
 
     def __init__(self, directory: str | pathlib.Path, keep: int):
         self.directory = pathlib.Path(directory).absolute()
         self._keep = keep
-        self._manager = self._open()
         self._newest: int | None = None
 
-    def _open(self) -> ocp.CheckpointManager:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
         )
@@ -57,7 +152,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return steps_in(self.directory)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts writing the checkpoint of `step`, unless that was done just before.
@@ -67,25 +162,32 @@ class Checkpoints:
         """
         if step == self._newest:
             return
-        record = record | {"fingerprint": jax.device_get(fingerprint(state)).tolist()}
+        sums = jax.device_get(fingerprint(state)).tolist()
+        record = record | {"fingerprint": dict(zip(by_name(state), sums, strict=True))}
         with self._explain_failure(step):
-            self._manager.save(
+            self._manager.save(  # waits for the save before
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
                 ),
             )
+        if self._newest is not None:
+            self._forget_none_yet()
         self._newest = step
 
     def wait(self) -> None:
         """Returns when the save in progress is complete; raises UserError if it failed."""
+        if self._newest is None:
+            return
         with self._explain_failure(None):
             self._manager.wait_until_finished()
+        self._forget_none_yet()
 
     def close(self) -> None:
         """Waits for the save in progress and releases the directory."""
         self.wait()
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
     @contextlib.contextmanager
     def _explain_failure(self, step: int | None):
@@ -94,140 +196,203 @@ class Checkpoints:
         except Exception as error:
             kept = [s for s in self.steps() if s != step]
             raise UserError(
-                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}\n"
+                f"a checkpoint could not be written to {self.directory}: {first_line(error)}\n"
                 f"Complete checkpoints: {kept or 'none'}. Make room or mend the disk, then start "
                 "the same command again: it continues from the newest of them."
             ) from error
-
-    def read_record(self, step: int) -> dict[str, Any]:
-        """The record saved with `step`."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )
-        return restored["record"]
 
     def restore_newest(
         self, abstract_state: Any, check: Callable[[dict[str, Any]], None]
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (state, record); None where there is none.
 
+        The processes agree after every phase: what one of them cannot read, all pass over.
+
         Args:
           abstract_state: shapes, types and shardings to restore into. The device count may differ
             from the run that saved.
           check: raises if the record belongs to another run; its error is passed on.
 
-        A damaged checkpoint is reported, renamed to `damaged-STEP` and passed over.
+        Damaged checkpoints are reported, passed over and, once one is found that is whole, renamed
+        to `damaged-STEP`.
 
         Raises:
           UserError: there are checkpoints and none is whole, or one is whole but does not
             hold the tensors of `abstract_state`.
         """
-        steps = self.steps()
+        steps = self._agreed_steps()
+        damaged: dict[int, str] = {}
         for step in reversed(steps):
-            state, record, tree, problem = None, None, None, None
             try:
-                record = self.read_record(step)
-            except Exception as error:  # Orbax and TensorStore raise many types for bad files.
-                problem = _first_line(error)
-            if record is not None:
-                check(record)
-                try:
-                    tree = self._saved_tree(step)
-                except Exception as error:
-                    problem = _first_line(error)
-            if problem is None:
-                self._check_tensors(step, tree, abstract_state)
-                try:
-                    state = self._restore_state(step, tree, abstract_state, record["fingerprint"])
-                except Exception as error:
-                    problem = _first_line(error)
-            if _none_in_any_process(problem):
-                return state, record
-            logging.error(
-                "CHECKPOINT %d IN %s IS DAMAGED AND PASSED OVER: %s",
-                step,
-                self.directory,
-                problem or "another process could not read it",
-            )
-            self._set_aside(step)
-        if steps:
+                state, record = self._restore(step, abstract_state, check)
+            except _DamagedError as error:
+                logging.error(
+                    "CHECKPOINT %d IN %s IS DAMAGED AND PASSED OVER: %s",
+                    *(step, self.directory, error),
+                )
+                damaged[step] = str(error)
+                continue
+            for other in damaged:
+                in_every_process(self._set_aside, other)
+            in_every_process(self._forget_none_yet)
+            self._newest = step
+            return state, record
+        if damaged:
             raise UserError(
-                f"none of the checkpoints {steps} in {self.directory} can be read; they are kept "
-                "there as damaged-STEP. Start again with a new workdir."
+                f"none of the checkpoints {steps} in {self.directory} can be read (the newest: "
+                f"{damaged[steps[-1]]}); mend the disk, or choose a new --workdir"
             )
         return None
 
-    def _saved_tree(self, step: int) -> Any:
-        """What the checkpoint says it holds: nested dicts and lists, a leaf for every tensor."""
-        path = self.directory / str(step) / "state"
-        return ocp.StandardCheckpointHandler().metadata(path).tree
+    def begin(self, traces: Sequence[str]) -> None:
+        """Notes that a run begins at step 0, and has no checkpoint to lose yet.
 
-    def _check_tensors(self, step: int, saved: Any, abstract_state: Any) -> None:
-        found, wanted = set(_by_path(saved)), set(_by_path(abstract_state))
-        if found != wanted:
+        Args:
+          traces: what else in the workdir tells of steps that were made, in words.
+
+        Raises:
+          UserError: there were checkpoints before.
+        """
+
+        def note() -> None:
+            marker = self.directory / _NONE_YET
+            found = sorted(entry.name for entry in self.directory.glob("damaged-*"))
+            found += [] if marker.exists() else traces
+            if found:
+                raise UserError(
+                    f"{self.directory} holds no checkpoint that can be read, but this run was "
+                    f"under way before ({', '.join(found)}), and no run starts over by itself: put "
+                    "a checkpoint back, choose a new --workdir, or move these away to begin at "
+                    "step 0"
+                )
+            if jax.process_index() == 0:
+                write_atomically(marker, "")
+
+        in_every_process(note)
+
+    def _forget_none_yet(self) -> None:
+        if jax.process_index() == 0:
+            with explain_failure(self.directory):
+                (self.directory / _NONE_YET).unlink(missing_ok=True)
+
+    def _agreed_steps(self) -> list[int]:
+        """The steps that any process sees, ascending."""
+        seen = [json.loads(text) for text in tell_all(json.dumps(in_every_process(self.steps)))]
+        if any(seen) and not all(seen):
+            raise UserError(
+                f"--workdir: process {seen.index([])} sees no checkpoint in {self.directory} where "
+                f"others see {max(seen)}: it must be one folder, shared by all processes"
+            )
+        return sorted(set().union(*seen))
+
+    def _restore(
+        self, step: int, abstract_state: Any, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[Any, dict[str, Any]]:
+        checkpoint = _agree(Checkpoint, self.directory / str(step))
+        in_every_process(check, checkpoint.record)
+        wanted, saved = by_name(abstract_state), by_name(checkpoint.tree)
+        if wanted.keys() != saved.keys():
             raise UserError(
                 f"checkpoint {step} in {self.directory} is whole but not of this program: "
-                f"{_some(wanted - found, 'missing')}, {_some(found - wanted, 'unexpected')}. "
-                "Continue it with the version that wrote it (its record names it), or start again "
-                "with a new workdir."
+                f"{_some(wanted.keys() - saved.keys(), 'missing')}, "
+                f"{_some(saved.keys() - wanted.keys(), 'unexpected')}. Continue it with the "
+                "version that wrote it (its record names it), or start again with a new workdir."
             )
-
-    def _restore_state(
-        self, step: int, saved: Any, abstract_state: Any, expected: list[int]
-    ) -> Any:
         # Asked for in the tree that was saved: an absent part (None) need not be in both.
-        wanted = _by_path(abstract_state)
-        request = jax.tree_util.tree_map_with_path(lambda path, _: wanted[_name(path)], saved)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(request))
-        )
-        tensors = _by_path(restored["state"])
-        state = jax.tree_util.tree_map_with_path(
-            lambda path, _: tensors[_name(path)], abstract_state
-        )
-        found = np.asarray(jax.device_get(fingerprint(state)))
-        expected = np.asarray(expected, np.uint32)
-        if found.shape != expected.shape:
-            raise UserError(f"{len(expected)} tensors recorded, {len(found)} restored")
-        damaged = np.flatnonzero(found != expected)
-        if damaged.size:
-            first = list(_by_path(state))[damaged[0]]
-            raise UserError(f"{damaged.size} tensor(s) changed on disk, first {first}")
-        return state
+        tensors = _agree(checkpoint.read, wanted)
+        state = _map_names(tensors.__getitem__, abstract_state)
+        sums = jax.device_get(fingerprint(state)).tolist()  # all processes at once
+        _agree(checkpoint.check, dict(zip(by_name(state), sums, strict=True)))
+        return state, checkpoint.record
 
     def _set_aside(self, step: int) -> None:
-        self._manager.close()
-        if jax.process_index() == 0:
-            target = self.directory / f"damaged-{step}"
-            number = 1
-            while target.exists():
-                number += 1
-                target = self.directory / f"damaged-{step}-{number}"
+        if jax.process_index() != 0:
+            return
+        target, number = self.directory / f"damaged-{step}", 1
+        while target.exists():
+            number += 1
+            target = self.directory / f"damaged-{step}-{number}"
+        with explain_failure(target):
             (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
-        self._manager = self._open()
+
+
+class _DamagedError(Exception):
+    """A checkpoint that one process at least cannot read; raised in all."""
+
+
+def _agree(function: Callable, *args: Any) -> Any:
+    try:
+        return in_every_process(function, *args)
+    except Exception as error:  # Orbax and TensorStore raise many types for bad files.
+        raise _DamagedError(first_line(error)) from error
+
+
+def save_params(folder: PathLike, params: Any) -> None:
+    """Writes a tree of arrays alone, as Orbax's `StandardCheckpointer` reads it, in float32."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(os.path.abspath(folder), params)
+    except Exception as error:
+        raise UserError(f"{folder}: could not be written ({first_line(error)})") from error
+
+
+def read_params(folder: pathlib.Path) -> Any:
+    """The tree of numpy arrays that `save_params` wrote, whatever devices held it.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute()).tree
+        return _restore(folder.absolute(), tree, _as_numpy)
+    except Exception as error:
+        raise UserError(
+            f"{folder}: not a readable Orbax checkpoint ({first_line(error)})"
+        ) from error
+
+
+def _restore(folder: pathlib.Path, tree: Any, arguments: Callable[[Any], ocp.RestoreArgs]) -> Any:
+    """Reads the tensors of `tree`, which may be a part of what was saved."""
+    # A checkpointer would look for a file of its own that a part of a step does not have.
+    return ocp.PyTreeCheckpointHandler().restore(
+        folder,
+        args=ocp.args.PyTreeRestore(
+            item=jax.tree.map(lambda _: 0, tree),
+            restore_args=jax.tree.map(arguments, tree),
+            partial_restore=True,
+        ),
+    )
+
+
+def _as_numpy(leaf: Any) -> ocp.RestoreArgs:
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _as_array(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, `params/encoder/blocks/0/...`, in the order of the tree."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _map_names(function: Callable[[str], Any], tree: Any) -> Any:
+    """A tree like `tree` of what `function` says for the name of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: function(_name(path)), tree)
 
 
-def _some(names: set[str], what: str) -> str:
+def _sum_bits(x: np.ndarray) -> int:
+    """As `fingerprint` does, of one host array."""
+    bits = np.ascontiguousarray(x).view(f"uint{x.dtype.itemsize * 8}")
+    return int(bits.sum(dtype=np.uint32))
+
+
+def _some(names: Collection[str], what: str) -> str:
     first = f" ({sorted(names)[0]}, ...)" if names else ""
     return f"{len(names)} tensors {what}{first}"
-
-
-def _none_in_any_process(problem: str | None) -> bool:
-    if jax.process_count() == 1:
-        return problem is None
-    return not multihost_utils.process_allgather(np.asarray(problem is not None)).any()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:500]

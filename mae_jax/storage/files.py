@@ -1,42 +1,143 @@
-"""The one writer of files: each appears complete or not at all."""
+"""The one writer of files: each appears complete or not at all.
+
+Paths are `etils.epath`, so that a bucket can become one more place to write to: nobody outside this
+file renames, appends or makes folders. What the system refuses (no room, no permission) is a
+`UserError` that names the path.
+"""
 
 import contextlib
+import errno
+import io
 import json
 import os
-import pathlib
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from etils import epath
+from PIL import Image
+
 from mae_jax import UserError
 
+PathLike = str | os.PathLike
 
-def write_atomically(path: str | pathlib.Path, content: bytes | str) -> None:
+_PARTIAL = ".incomplete"  # holds what `complete_or_absent_folder` has not finished
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def explain_failure(path: PathLike) -> Iterator[None]:
+    """Turns an OSError of writing to `path` into a UserError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
+            remedy = "make room there and start again"
+        elif error.errno in _NOT_ALLOWED:
+            remedy = "choose a place that you may write to"
+        else:
+            remedy = "see that its folder is there and can be written to"
+        raise UserError(f"{path}: could not be written ({error}); {remedy}") from error
+
+
+def write_atomically(path: PathLike, content: bytes | str) -> None:
     """Writes a file that is complete or absent, making its folder where needed."""
     with complete_or_absent(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes a JSON file for people and programs."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_png(path: PathLike, pixels: np.ndarray) -> None:
+    """Writes a picture [H, W, 3] uint8."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+
+
 @contextlib.contextmanager
-def complete_or_absent(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def complete_or_absent(path: PathLike) -> Iterator[epath.Path]:
     """Gives a temporary path, whose file becomes `path` if the block ends without an error."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = epath.Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with explain_failure(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def complete_or_absent_folder(path: PathLike) -> Iterator[epath.Path]:
+    """Gives a temporary folder, whose content becomes that of `path` if the block ends well.
+
+    What `path` holds under the same names is replaced. After a kill the folder is `unfinished`,
+    and the next attempt starts from nothing.
+    """
+    path = epath.Path(path)
+    partial = path / _PARTIAL  # inside, as `path` may be a mounted disk of its own
+    with explain_failure(path):
+        new = not path.exists()
+        _remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for entry in list(partial.iterdir()):
+                _remove(path / entry.name)
+                entry.rename(path / entry.name)
+        finally:
+            _remove(partial)
+            if new and not any(path.iterdir()):
+                path.rmdir()
+
+
+def unfinished(path: PathLike) -> bool:
+    """Whether a folder is what a killed `complete_or_absent_folder` left."""
+    return (epath.Path(path) / _PARTIAL).exists()
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink(missing_ok=True)
+
+
+class LineWriter:
+    """Appends lines to a text file; each is on its way to the disk when `write` returns."""
+
+    def __init__(self, path: PathLike):
+        self._path = epath.Path(path)
+        with explain_failure(path):
+            self._file = self._path.open("a")
+
+    def write(self, line: str) -> None:
+        """Appends one line."""
+        with explain_failure(self._path):
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with explain_failure(self._path):
+            self._file.close()
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
       UserError: it is not one.
     """
     try:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = json.loads(epath.Path(path).read_text())
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):

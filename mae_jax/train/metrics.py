@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import math
-import os
 import pathlib
 
 import jax
 from absl import logging
+
+from mae_jax.storage.files import LineWriter, write_atomically
 
 
 class MetricsWriter:
@@ -18,14 +19,15 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | pathlib.Path, start_step: int):
-        self._file = None
+        self._lines = None
         self._tensorboard = None
         if jax.process_index() != 0:
             return
         path = pathlib.Path(workdir) / "metrics.jsonl"
         if path.exists():
-            _truncate(path, start_step)
-        self._file = path.open("a", buffering=1)
+            kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = LineWriter(path)
         if importlib.util.find_spec("tensorflow") is not None:
             from clu import metric_writers
 
@@ -35,37 +37,39 @@ class MetricsWriter:
         else:
             logging.info("TensorFlow is not installed: metrics go to %s only", path)
 
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars under slash-path names such as `train/loss`."""
-        if self._file is None:
+        if self._lines is None:
             return
         # JSON has no NaN or infinity: null says "not a finite number" to every reader.
         values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.write(json.dumps({"step": step, **values}))
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, scalars)
 
     def close(self) -> None:
         """Flushes everything."""
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:
-    """The complete lines of a metrics file."""
+    """The complete lines of a metrics file; none where there is no file."""
+    path = pathlib.Path(path)
     lines = []
-    for line in pathlib.Path(path).read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # half-written: the process died here
+            line = json.loads(text)
+        except ValueError:
+            continue  # half-written: a process died here
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines
-
-
-def _truncate(path: pathlib.Path, start_step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= start_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)

@@ -1,0 +1,105 @@
+"""What the processes of a run must do together: fail, and own a workdir."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mae_jax import UserError
+from mae_jax.storage.files import explain_failure
+
+T = TypeVar("T")
+
+
+def in_every_process(function: Callable[..., T], *args: object) -> T:
+    """`function(*args)`, which succeeds in every process or raises in every one.
+
+    Without this, one process would leave and the others wait for it in their next collective. The
+    function itself must not contain collectives that a failure could miss.
+
+    Raises:
+      the process's own error, or a UserError with those of the others.
+    """
+    if jax.process_count() == 1:
+        return function(*args)
+    result, own = None, None
+    try:
+        result = function(*args)
+    except Exception as error:  # Whatever it is, the others must learn of it.
+        own = error
+    told = tell_all("" if own is None else first_line(own) or "failed")
+    if own is not None:
+        raise own
+    if problems := [f"process {i}: {text}" for i, text in enumerate(told) if text]:
+        raise UserError("; ".join(problems))
+    return result
+
+
+def tell_all(text: str) -> list[str]:
+    """The texts of all processes, by their number, in every process."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    longest = multihost_utils.process_allgather(np.asarray(len(own))).max()
+    padded = np.zeros(longest + 1, np.uint8)
+    padded[: len(own)] = own
+    rows = multihost_utils.process_allgather(padded)  # [processes, longest + 1]
+    return [row.tobytes().rstrip(b"\0").decode() for row in np.asarray(rows)]
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: the message of those meant for people, others with their type."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"[:500]
+
+
+@contextlib.contextmanager
+def sole_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second run out of `workdir` for as long as the block, or the process, lives.
+
+    Process 0 holds a lock of the operating system on a file in `workdir`, which a kill releases.
+    Where the file system has none (buckets, some network disks) a note is logged instead.
+
+    Raises:
+      UserError: in every process, if another run holds it; it names host and process.
+    """
+    file = in_every_process(_lock, workdir / "lock")
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _lock(path: pathlib.Path) -> int | None:
+    """An open file that holds the lock; None where there are no locks, and in other processes."""
+    if jax.process_index() != 0:
+        return None
+    with explain_failure(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl  # not on every system
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        holder = os.read(file, 1000).decode(errors="replace").strip()
+        os.close(file)
+        if getattr(error, "errno", None) in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"--workdir={path.parent}: another run trains here ({holder or 'not yet named'}); "
+                "wait for its end, stop it, or choose another --workdir"
+            ) from None
+        logging.info("%s: no locks here (%s); start one run at a time", path.parent, error)
+        return None
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
