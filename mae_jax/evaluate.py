@@ -34,13 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mae_jax import UserError
 from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
+from mae_jax.distributed.mesh import make_mesh, replicate
+from mae_jax.evaluators.over_split import OverSplit, means
 from mae_jax.evaluators.robustness import (
     ALEXNET_ERRORS,
     BENCHMARKS,
@@ -81,20 +81,20 @@ class Scorer:
         dtype: str = "float32",
         mesh: Mesh | None = None,
     ):
-        self._mesh = make_mesh() if mesh is None else mesh
+        mesh = make_mesh() if mesh is None else mesh
         self._description = d = checkpoint.description
         classify = classify_function(d, jnp.dtype(dtype))
-        self._batch_size = math.ceil(batch_size / self._mesh.size) * self._mesh.size
         self._transform = EvalTransform(d.image_size, d.channels, crop_ratio=crop or None)
-        self._params = replicate(model_params(checkpoint), self._mesh)
+        self._params = replicate(model_params(checkpoint), mesh)
 
-        @jax.jit
-        def score(params: Any, batch: dict[str, jax.Array], subset: jax.Array) -> Any:
+        def score(inputs: tuple[Any, jax.Array], batch: dict, number: jax.Array) -> dict:
+            del number
+            params, subset = inputs
             logits = classify(params, batch["image"])[:, subset]  # [B, S]
             labels = jnp.searchsorted(subset, batch["label"])  # [B], places in the subset
             return classification_sums(logits, labels, batch["weight"])
 
-        self._score = score
+        self._run = OverSplit(score, mesh, batch_size)
 
     def check(self, source: Source) -> None:
         """Raises UserError where labels are missing or are not the classifier's."""
@@ -125,40 +125,21 @@ class Scorer:
         chosen = np.arange(classes, dtype=np.int32)
         if subset:
             chosen = occurring_classes(source, classes)
-        batches = eval_batches(
+        loading = eval_batches(
             source,
             self._transform,
-            batch_size=self._batch_size,
-            positions=np.arange(self._batch_size),
+            batch_size=self._run.batch_size,
+            positions=self._run.positions,
             classes=classes,
         )
-        progress = tqdm(
-            total=len(source),
-            unit="image",
-            desc=source.name,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        )
-        totals = dict.fromkeys(("loss", "top1", "top5", "weight"), 0.0)
-
-        def add(sums: dict[str, jax.Array]) -> None:
-            for name in totals:
-                totals[name] += float(sums[name])
-            progress.update(int(sums["weight"]))
-
-        running = None  # a batch is decoded while the one before it is computed
-        with batches, progress:
-            for batch in batches:
-                placed = jax.device_put(batch, batch_sharding(self._mesh))
-                started = self._score(self._params, placed, chosen)
-                if running is not None:
-                    add(running)
-                running = started
-            add(running)
-        count = totals.pop("weight")
-        scores = {name: total / count for name, total in totals.items()}
+        inputs = self._params, chosen
+        with loading as batches:
+            scores, count = means(
+                self._run(inputs, batches, examples=len(source), label=source.name)
+            )
         if not math.isfinite(scores["loss"]):
             raise UserError(f"{source.name}: the loss is {scores['loss']}; try float32")
-        return {**scores, "examples": int(count), "classes": len(chosen)}
+        return {**scores, "examples": count, "classes": len(chosen)}
 
 
 def evaluate(

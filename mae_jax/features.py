@@ -8,38 +8,73 @@ patches, `tokens` [N, 1 + L, D], of a classifier `logits` [N, K]. They have pass
 Weights fine-tuned on the mean token have none: there `mean`, then the default, has passed the norm
 before the head, `cls` and `tokens` are as the last block leaves them. Batches run over all devices
 of this machine. Work in progress is kept in `OUTPUT.parts/`; the same command continues there after
-an interruption.
+an interruption, with whatever pictures are there then. `--bad_records=skip` leaves out, by name,
+pictures that cannot be decoded.
 """
 
 import argparse
-import concurrent.futures
-import hashlib
-import io
-import json
-import math
 import os
 import pathlib
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mae_jax import UserError
-from mae_jax.data.folder import PictureFiles, list_pictures
+from mae_jax.data.folder import EXTENSIONS
+from mae_jax.data.pipeline import eval_batches
+from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.distributed.mesh import batch_sharding, make_mesh, replicate
+from mae_jax.distributed.mesh import make_mesh, replicate
+from mae_jax.evaluators.over_split import OverSplit, Parts
 from mae_jax.interop import arguments
 from mae_jax.interop.build import features_function, model_params
-from mae_jax.storage.files import complete_or_absent, write_atomically
+from mae_jax.storage.files import complete_or_absent
 
 KINDS = ("cls", "mean", "tokens", "logits")
-BATCHES_PER_PART = 16
+
+
+class Pictures:
+    """All picture files below a folder, sorted by path, as a source of records.
+
+    Raises:
+      UserError: no such folder, or no picture in it.
+    """
+
+    name, split, num_classes, class_names = "folder", "all", None, None
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.folder = pathlib.Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise UserError(f"--images: there is no folder {self.folder}")
+        self.names = sorted(
+            str(pathlib.Path(place, file).relative_to(self.folder))
+            for place, _, files in os.walk(self.folder)
+            for file in files
+            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+        )
+        if not self.names:
+            raise UserError(f"--images: no picture below {self.folder} ({' '.join(EXTENSIONS)})")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Record:
+        file = self.folder / self.names[index]
+        image = np.load(file) if file.suffix == ".npy" else file.read_bytes()
+        return Record(image, -1, str(file))
+
+    def stamps(self) -> np.ndarray:
+        """Name, size and time of every file: [N] strings."""
+        status = (os.stat(self.folder / name) for name in self.names)
+        return np.asarray(
+            [f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in zip(self.names, status, strict=True)]
+        )
 
 
 def extract(
@@ -51,6 +86,7 @@ def extract(
     block: int = 0,
     batch_size: int = 64,
     dtype: str = "float32",
+    bad_records: str = "stop",
     known: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes `output`; see the module's docstring.
@@ -58,126 +94,90 @@ def extract(
     Args:
       kinds: of `KINDS`; empty for the token a head reads, `cls` where there is none.
       batch_size: pictures at once; rounded up to a multiple of the devices.
+      bad_records: `skip` leaves out pictures that cannot be decoded, `stop` ends at the first.
       known: see `open_checkpoint`.
 
     Raises:
-      FileNotFoundError, UserError: bad weights or no pictures.
-      UserError: `output` is not an .npz, its parts belong to another extraction, or there are
-        no logits.
-      DecodeError: a picture that cannot be read, by name.
+      UserError: bad weights, no pictures, `output` is not an .npz, its parts belong to another
+        extraction, there are no logits, or a picture that cannot be read, by name.
     """
     path = pathlib.Path(output)
     if path.suffix != ".npz":
         raise UserError(f"--output={output}: the result is an .npz file")
-    mesh = make_mesh()
-    if batch_size < 1:
-        raise UserError(f"--batch_size={batch_size}: needs at least 1")
-    batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-    names = sorted(list_pictures(images, "--images"))
+    pictures = Pictures(images)
     checkpoint = arguments.open_weights(weights, known)
     d = checkpoint.description
     kinds = kinds or (d.pool or "cls",)
-    features = features_function(d, block=block, dtype=jnp.dtype(dtype))
+    compute = features_function(d, block=block, dtype=jnp.dtype(dtype))
     if "logits" in kinds and not (d.classes and block in (0, d.depth)):
         raise UserError("--kind=logits: needs a classifier, and all of its blocks")
-    params = replicate(model_params(checkpoint), mesh)
-    plan = {
+
+    def features(params: Any, batch: dict, number: jax.Array) -> dict:
+        del number
+        values = compute(params, batch["image"])
+        return {kind: values[kind] for kind in kinds} | {"weight": batch["weight"]}
+
+    run = OverSplit(features, make_mesh(), batch_size)
+    key = {
         "weights": checkpoint.digest(),
-        "images": str(pathlib.Path(images).expanduser().resolve()),
-        "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "images": str(pictures.folder.resolve()),
         "kinds": list(kinds),
         "model": str(d),
         "block": block,
-        "batch_size": batch_size,
         "dtype": dtype,
     }
-    parts = path.with_name(path.name + ".parts")
-    _open_parts(parts, plan)
-
-    @jax.jit
-    def run(params: Any, batch: jax.Array) -> dict[str, jax.Array]:
-        values = features(params, batch)
-        return {kind: values[kind] for kind in kinds}
-
+    folder = path.with_name(path.name + ".parts")
+    parts = Parts(folder, key, pictures.stamps())
+    if parts.foreign:
+        raise UserError(
+            f"{folder} holds parts of another extraction (other {', '.join(sorted(parts.foreign))})"
+            ". Delete it, or choose another --output"
+        )
     transform = EvalTransform(size=d.image_size, channels=d.channels)
-
-    def load(name: str) -> np.ndarray:
-        return transform.image(PictureFiles(images, [name])[0])
-
-    step = batch_size * BATCHES_PER_PART
-    chunks = [names[start : start + step] for start in range(0, len(names), step)]
-    files = [parts / f"{number:06d}.npz" for number in range(len(chunks))]
-    done = [file.is_file() for file in files]
-    progress = tqdm(total=len(names), unit="image", disable=not sys.stderr.isatty())
-    progress.update(sum(len(c) for c, there in zip(chunks, done, strict=True) if there))
-    for chunk, file, there in zip(chunks, files, done, strict=True):
-        if there:
-            continue
-        values: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
-        for batch in _batches(chunk, load, batch_size):
-            padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
-            padded[: len(batch)] = batch
-            result = run(params, jax.device_put(padded, batch_sharding(mesh)))
-            for kind in kinds:
-                values[kind].append(np.asarray(result[kind])[: len(batch)])
-            progress.update(len(batch))
-        content = io.BytesIO()
-        np.savez(content, **{kind: np.concatenate(rows) for kind, rows in values.items()})
-        write_atomically(file, content.getvalue())
-    progress.close()
-    _assemble(path, names, kinds, files)
-    shutil.rmtree(parts)
+    try:
+        parts.compute(
+            run,
+            replicate(model_params(checkpoint), run.mesh),
+            pictures,
+            lambda some: eval_batches(
+                some,
+                transform,
+                batch_size=run.batch_size,
+                positions=run.positions,
+                bad_records=bad_records,
+            ),
+            label="features",
+        )
+    except DecodeError as error:
+        raise DecodeError(
+            f"{error}. Mend or remove it, or leave such pictures out with --bad_records=skip; "
+            f"the same command then goes on after what {folder} holds"
+        ) from error
+    _assemble(path, pictures.names, kinds, parts)
+    shutil.rmtree(folder)
     return path
 
 
-def _batches(
-    names: list[str], load: Callable[[str], np.ndarray], batch_size: int
-) -> Iterator[np.ndarray]:
-    """uint8 [b, H, W, C], the next one decoded by threads while the current one is used."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        starts = range(0, len(names), batch_size)
-        groups = [names[start : start + batch_size] for start in starts]
-        ahead = [pool.submit(load, name) for name in groups[0]]
-        for number in range(len(groups)):
-            current, ahead = ahead, []
-            if number + 1 < len(groups):
-                ahead = [pool.submit(load, name) for name in groups[number + 1]]
-            yield np.stack([future.result() for future in current])
-
-
-def _open_parts(parts: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Makes the folder of parts, or checks that what is there is of the same extraction."""
-    file = parts / "plan.json"
-    if file.is_file():
-        old = json.loads(file.read_text())
-        if differing := sorted(key for key in plan if old.get(key) != plan[key]):
-            raise UserError(
-                f"{parts} holds parts of another extraction (other {', '.join(differing)}). "
-                "Delete it, or choose another --output"
-            )
-    else:
-        write_atomically(file, json.dumps(plan, indent=2))
-
-
-def _assemble(
-    path: pathlib.Path, names: list[str], kinds: tuple[str, ...], files: list[pathlib.Path]
-) -> None:
+def _assemble(path: pathlib.Path, names: list[str], kinds: tuple[str, ...], parts: Parts) -> None:
     """Joins the parts into one .npz, one part in memory at a time."""
+    there = parts.array("weight") > 0  # [N], False: not decodable
     with (
         complete_or_absent(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
     ):
         for kind in kinds:
-            with np.load(files[0]) as first:
-                shape = (len(names), *first[kind].shape[1:])
             with archive.open(f"{kind}.npy", "w", force_zip64=True) as stream:
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_2_0(stream, header)
-                for file in files:
-                    with np.load(file) as part:
-                        stream.write(np.ascontiguousarray(part[kind], "<f4").tobytes())
+                done = 0
+                for block in parts.read(kind):  # [n, ...]
+                    if not done:
+                        shape = (int(there.sum()), *block.shape[1:])
+                        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_2_0(stream, header)
+                    kept = block[there[done : done + len(block)]]
+                    stream.write(np.ascontiguousarray(kept, "<f4").tobytes())
+                    done += len(block)
         with archive.open("names.npy", "w") as stream:
-            np.lib.format.write_array(stream, np.asarray(names), allow_pickle=False)
+            np.lib.format.write_array(stream, np.asarray(names)[there], allow_pickle=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,6 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--bad_records",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip leaves out pictures that cannot be decoded; names tell which are there",
+    )
     arguments.add_known(parser)
     args = parser.parse_args(argv)
     try:
@@ -215,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             block=args.block,
             batch_size=args.batch_size,
             dtype=args.dtype,
+            bad_records=args.bad_records,
             known=arguments.known(args),
         )
     except (ValueError, OSError) as error:

@@ -1,114 +1,72 @@
 """Features of a frozen encoder, computed once and kept in the workdir."""
 
-import json
+import hashlib
 import pathlib
-import sys
-import time
-import zipfile
 from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
 import numpy as np
-from absl import logging
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
+import mae_jax
 from mae_jax.data import pipeline
 from mae_jax.data.sources import Source
 from mae_jax.data.splits import Splits
-from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.distributed.sharding import state_sharding
+from mae_jax.evaluators.over_split import OverSplit, Parts, Results
 from mae_jax.storage.checkpoints import fingerprint
-from mae_jax.storage.files import complete_or_absent
 
-LOG_EVERY_SECONDS = 30.0
+ARRAYS = ("feature", "label", "weight")  # [N, D], [N], [N]; weight 0: not decodable
 
 
 class CachedFeatures:
     """Batches of features in place of pixels, in the order the pixels would have had.
 
-    The evaluation crop is taken of both splits. The cache is used again only for the same encoder,
-    data and crop; anything else is computed anew.
+    The evaluation crop is taken of both splits. The cache is used again only for all that features
+    depend on; anything else is computed anew.
 
     Args:
-      task: gives `features(frozen, images)`.
+      task: gives `mesh`, `encoder`, `mean`, `std`, `pool`, `batch_size`, `eval_batch_size` and
+        `features(frozen, images [B, H, W, C] uint8) -> [B, D]`.
       frozen: the encoder's parameters on the mesh.
-      directory: receives `SPLIT.npz` files.
+      directory: receives a folder of parts for each split.
     """
 
     def __init__(self, task: Any, data: Splits, frozen: Any, directory: pathlib.Path):
-        self._task = task
-        self._data = data
-        self._directory = directory
         self.train, self.eval, self.classes = data.train, data.eval, data.classes
-        marks = np.asarray(jax.device_get(fingerprint(frozen)), np.uint64)
-        self._weights = [int(marks.sum()), int((marks * np.arange(1, len(marks) + 1)).sum())]
+        self._seed, self._batch_size = data.seed, task.batch_size
 
-        def compute(frozen: Any, batch: dict) -> dict:
+        def features(frozen: Any, batch: dict, number: jax.Array) -> dict:
+            del number
             rest = {name: batch[name] for name in ("label", "weight")}
             return {"feature": task.features(frozen, batch["image"]), **rest}
 
-        # Replicated results bring every process the rows of all.
-        self._compute = jax.jit(
-            compute,
-            in_shardings=(state_sharding(frozen, task.mesh), batch_sharding(task.mesh)),
-            out_shardings=replicated(task.mesh),
+        run = OverSplit(
+            features, task.mesh, task.eval_batch_size, state_sharding(frozen, task.mesh)
         )
-        self._seed, self._batch_size = data.seed, task.batch_size
-        self._train_arrays = self._load_or_compute("train", data.train, frozen)
-        self._eval_arrays = self._load_or_compute("eval", data.eval, frozen)
-
-    def _load_or_compute(self, name: str, source: Source, frozen: Any) -> dict[str, np.ndarray]:
         key = {
-            "weights": self._weights,
-            "data": [source.name, source.split, len(source)],
-            "transform": repr(self._data.eval_transform),
-            "pool": self._task.pool,
-            "dtype": str(self._task.encoder.dtype),
+            "weights": _digest(np.asarray(jax.device_get(fingerprint(frozen))).tobytes()),
+            "model": repr(task.encoder),  # with the types it computes in
+            "input": repr((data.eval_transform, task.mean, task.std)),
+            "pool": task.pool,
+            "version": mae_jax.__version__,
         }
-        path = self._directory / f"{name}.npz"
-        arrays = _read(path, json.dumps(key))
-        found = arrays is not None
-        if jax.process_count() > 1:  # computing is a matter of all processes or none
-            found = bool(multihost_utils.process_allgather(np.asarray(found)).all())
-        if found:
-            logging.info("features of %s %s: found in %s", source.name, source.split, path)
-            return arrays
-        arrays = self._compute_all(source, frozen)
-        if jax.process_index() == 0:
-            with complete_or_absent(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, **arrays, key=np.asarray(json.dumps(key)))
-        return arrays
 
-    def _compute_all(self, source: Source, frozen: Any) -> dict[str, np.ndarray]:
-        """Every record's "feature" [N, D], "label" [N] and "weight" [N] (0: not decodable)."""
-        size = self._task.eval_batch_size
-        positions = local_positions(size, self._task.mesh)
-        parts: dict[str, list[np.ndarray]] = {"feature": [], "label": [], "weight": []}
-        first = jax.process_index() == 0
-        quiet = not (first and sys.stderr.isatty())
-        bar = tqdm(total=len(source), unit="image", desc=f"features {source.split}", disable=quiet)
-        started = told = time.time()
-        with bar, self._data.in_order(source, positions, size) as batches:
-            for number, batch in enumerate(batches):
-                batch = global_batch(batch, positions, size, self._task.mesh)
-                count = min(size, len(source) - number * size)
-                for name, values in self._compute(frozen, batch).items():
-                    parts[name].append(np.asarray(values)[:count])
-                bar.update(count)
-                if quiet and time.time() - told > LOG_EVERY_SECONDS:
-                    told, done = time.time(), number * size + count
-                    left = (told - started) / done * (len(source) - done)
-                    logging.info(
-                        "features of %s: %d of %d, %.0f images/s, left %s",
-                        source.split,
-                        done,
-                        len(source),
-                        done / (told - started),
-                        tqdm.format_interval(left),
-                    )
-        return {name: np.concatenate(values) for name, values in parts.items()}
+        def load(name: str, source: Source) -> Results:
+            records = [source.name, source.split, _digest(source.identity().encode())]
+            numbers = np.arange(len(source))
+            parts = Parts(directory / name, {**key, "records": records}, numbers)
+            parts.compute(
+                run,
+                frozen,
+                source,
+                lambda some: data.in_order(some, run.positions, run.batch_size),
+                label=f"features of {source.name} {source.split}",
+            )
+            return {name: parts.array(name) for name in ARRAYS}
+
+        self._train_arrays = load("train", data.train)
+        self._eval_arrays = load("eval", data.eval)
 
     def train_batches(self, positions: np.ndarray, start_step: int, end_step: int) -> "_Rows":
         """As `Splits.train_batches`, of "feature" [b, D] and "label" [b]."""
@@ -141,17 +99,8 @@ class CachedFeatures:
         return _Rows(batches(), 0)
 
 
-def _read(path: pathlib.Path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache made for `key`; None where there is none or it cannot be read."""
-    try:
-        with np.load(path) as file:
-            if str(file["key"]) == key:
-                return {name: file[name] for name in ("feature", "label", "weight")}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logging.warning("%s cannot be read (%s) and is computed again", path, error)
-    return None
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class _Rows:

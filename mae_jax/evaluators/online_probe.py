@@ -1,6 +1,7 @@
 """A probe of the encoder while it pretrains: closed form, beside that of the untrained encoder."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +14,11 @@ from ml_collections import ConfigDict
 from mae_jax import UserError
 from mae_jax.config import image_size
 from mae_jax.data import pipeline
-from mae_jax.data.record import DecodeError, Record, Source
+from mae_jax.data.record import DecodeError, Source
 from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.distributed.sharding import abstract_state, shardings_of
+from mae_jax.evaluators.over_split import OverSplit, Selection, rows
 from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.train.metrics import MetricsWriter
@@ -48,7 +49,7 @@ class Probe:
 
     def __init__(self, config: ConfigDict, task: Any, writer: MetricsWriter):
         self._writer = writer
-        self._mesh = mesh = task.mesh
+        mesh = task.mesh
         self._neighbours = config.probe.neighbours
         self._train = _select(config, "train_split", config.probe.train_examples)
         self._eval = _select(config, "eval_split", config.probe.eval_examples)
@@ -61,36 +62,30 @@ class Probe:
             crop_ratio=config.data.eval_crop or None,
         )
         # Smaller than an evaluation batch where a part has fewer examples: padding is encoded too.
-        most = max(len(self._train), len(self._eval))
-        self._batch_size = min(task.eval_batch_size, -(-most // mesh.size) * mesh.size)
-        self._positions = local_positions(self._batch_size, mesh)
+        batch_size = min(task.eval_batch_size, max(len(self._train), len(self._eval)))
         self._loading = {
             "bad_records": config.data.bad_records,
             "classes": self.classes,
             "threads": config.data.threads,
             "prefetch": config.data.prefetch,
         }
-        rows = -(-len(self._train) // self._batch_size) + -(-len(self._eval) // self._batch_size)
-        rows *= len(self._positions)
-        self._keep = rows * int(np.prod(task.image_shape)) <= CACHE_BYTES
         self._kept: dict[str, list[dict[str, np.ndarray]]] = {}
         self._untrained: float | None = None
 
         def initial_params() -> Any:
             return task.init().best_params
 
-        def encode(params: Any, batch: dict) -> dict:
+        def encode(params: Any, batch: dict, number: jax.Array) -> dict:
+            del number
             features = pool_tokens(task.encode(params, batch["image"]), config.probe.pool)
             return {"feature": features, "label": batch["label"], "weight": batch["weight"]}
 
         shardings = shardings_of(abstract_state(initial_params, mesh))
         self._initial_params = jax.jit(initial_params, out_shardings=shardings)
-        # Replicated: every process gets all rows, of which it has decoded its own.
-        self._encode = jax.jit(
-            encode,
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=replicated(mesh),
-        )
+        self._run = run = OverSplit(encode, mesh, batch_size, shardings)
+        batches = sum(-(-len(part) // run.batch_size) for part in (self._train, self._eval))
+        bytes_kept = batches * len(run.positions) * math.prod(task.image_shape)
+        self._keep = bytes_kept <= CACHE_BYTES
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Probes the best parameters of `state` and writes the metrics of `step`."""
@@ -133,22 +128,11 @@ class Probe:
         return [self._features_of(part, params) for part in (self._train, self._eval)]
 
     def _features_of(self, part: "_Part", params: Any) -> tuple[np.ndarray, np.ndarray]:
-        done, previous = [], None
         with self._batches(part) as batches:
-            for batch in batches:
-                batch = global_batch(batch, self._positions, self._batch_size, self._mesh)
-                current = self._encode(params, batch)
-                # One batch late: the device works while the host decodes.
-                if previous is not None:
-                    done.append(jax.device_get(previous))
-                previous = current
-        done.append(jax.device_get(previous))
-        whole = {name: np.concatenate([b[name] for b in done]) for name in done[0]}
-        real = whole["weight"] > 0  # neither padding nor skipped
-        labels = whole["label"][real]
-        if not len(labels):
-            raise ValueError(f"the probe found no picture it can decode in {part.source.name}")
-        return whole["feature"][real], labels
+            found = rows(self._run(params, batches, examples=len(part), label="probe"))
+        if not len(found["label"]):
+            raise UserError(f"probe.{part.field}: no picture of {part.name} can be decoded")
+        return found["feature"], found["label"]
 
     @contextlib.contextmanager
     def _batches(self, part: "_Part") -> Iterator[Any]:
@@ -159,8 +143,8 @@ class Probe:
         loading = pipeline.eval_batches(
             part,
             self._transform,
-            batch_size=self._batch_size,
-            positions=self._positions,
+            batch_size=self._run.batch_size,
+            positions=self._run.positions,
             **self._loading,
         )
         with loading as batches:
@@ -169,21 +153,14 @@ class Probe:
             yield batches
 
 
-class _Part:
+class _Part(Selection):
     """`count` records of a split, spread over it: the first ones of its shuffled order."""
 
     def __init__(self, source: Source, field: str, count: int, seed: int):
         n = len(source)
-        self.source, self.field = source, field
-        self.name, self.split = source.name, source.split
         chosen = (pipeline.example_index(seed, g, n) for g in range(min(count, n)))
-        self._indices = sorted(chosen)  # files are read from front to back
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.source[self._indices[index]]
+        super().__init__(source, np.sort(np.fromiter(chosen, np.int64)))  # read front to back
+        self.field = field
 
     def check_labels(self, classes: int) -> None:
         """Raises UserError where one of a few records, spread over the part, has no class."""

@@ -1,0 +1,310 @@
+"""The one way to run a function over a split: every example once, on every device, resumable."""
+
+import functools
+import json
+import pathlib
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mae_jax import UserError
+from mae_jax.data.record import Record, Source
+from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
+from mae_jax.storage.files import complete_or_absent
+
+Batch = Mapping[str, np.ndarray]
+Results = dict[str, np.ndarray]
+
+BATCHES_PER_PART = 16
+LOG_EVERY_SECONDS = 30.0
+
+
+class OverSplit:
+    """A compiled function of (params, batch, number of the batch), to be run over splits.
+
+    A batch is split over the mesh; results come whole to the host of every process, one batch
+    late: while one is computed, the next is decoded (by the threads behind `batches`) and sent.
+
+    Args:
+      function: takes params, a dict of arrays [batch_size, ...] and an int32; gives a dict of
+        arrays. Padding is in the batch with "weight" 0.
+      batch_size: of all devices; rounded up to a multiple of their number.
+      shardings: of params; None: a copy on every device.
+
+    Raises:
+      UserError: the batch size is not positive.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, dict, jax.Array], dict[str, jax.Array]],
+        mesh: Mesh,
+        batch_size: int,
+        shardings: Any = None,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: needs at least 1")
+        everywhere = replicated(mesh)
+        self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
+        self.positions = local_positions(
+            self.batch_size, mesh
+        )  # what this process brings of a batch
+        self._function = jax.jit(
+            function,
+            in_shardings=(shardings or everywhere, batch_sharding(mesh), everywhere),
+            out_shardings=everywhere,
+        )
+
+    def __call__(
+        self, params: Any, batches: Iterable[Batch], *, examples: int, label: str
+    ) -> Iterator[Results]:
+        """What the function gives for every batch, in order.
+
+        Args:
+          batches: this process's rows (`positions`) of every batch.
+          examples: in all of them, for the progress that is shown as `label`.
+        """
+        remaining = iter(batches)
+        progress = _Progress(examples, label)
+        running: dict | None = None
+        problem: UserError | None = None
+        number = 0
+        with progress:
+            while True:
+                try:
+                    batch = next(remaining, None)
+                except UserError as error:  # a record; what was computed before it counts
+                    batch, problem = None, error
+                started = None
+                if batch is not None:
+                    batch = global_batch(dict(batch), self.positions, self.batch_size, self.mesh)
+                    started = self._function(params, batch, np.int32(number))
+                if running is not None:
+                    yield jax.device_get(running)
+                    progress.advance(min(number * self.batch_size, examples))
+                if started is None:
+                    break
+                running, number = started, number + 1
+        if problem is not None:
+            raise problem
+
+
+def means(results: Iterable[Results]) -> tuple[dict[str, float], int]:
+    """Sums over batches divided by the sum of "weight", and that sum, the number of examples."""
+    totals: dict[str, float] = {}
+    for result in results:
+        for name, value in result.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    count = totals.pop("weight")
+    if not count:
+        raise UserError("no record of the split can be decoded: there is nothing to evaluate")
+    return {name: total / count for name, total in totals.items()}, round(count)
+
+
+def rows(results: Iterable[Results]) -> Results:
+    """The rows [N, ...] of all batches whose "weight" is not 0, without that."""
+    parts = list(results)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    real = whole.pop("weight") > 0
+    return {name: values[real] for name, values in whole.items()}
+
+
+class Parts:
+    """Rows of a split in files, one for a few batches, so that a stopped run goes on.
+
+    A part knows by name what its rows are of: records may come and go between two runs, and the
+    rows of all others are used again.
+
+    Args:
+      folder: of the parts, seen by every process.
+      key: what all rows depend on. Where `folder` holds parts of another key, their differing
+        fields are in `foreign`; `compute` removes them.
+      names: [N], identifies each record of the split.
+    """
+
+    def __init__(self, folder: pathlib.Path, key: Mapping[str, Any], names: np.ndarray):
+        self._folder, self._names = folder, names
+        self._key = json.dumps(key)
+        self._read()
+
+    def _read(self) -> None:
+        self._files: list[pathlib.Path] = []
+        self._strangers: list[pathlib.Path] = []
+        self.foreign: set[str] = set()
+        names: list[np.ndarray] = []
+        for path in sorted(self._folder.glob("*.npz")):
+            try:
+                with np.load(path) as part:
+                    key, found = str(part["key"]), part["names"]
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                logging.warning("%s cannot be read (%s) and is computed again", path, error)
+                self._strangers.append(path)
+                continue
+            if key == self._key:
+                self._files.append(path)
+                names.append(found)
+            else:
+                there, ours = json.loads(key), json.loads(self._key)
+                self.foreign |= {k for k in there | ours if there.get(k) != ours.get(k)}
+                self._strangers.append(path)
+        self._starts = np.cumsum([0, *map(len, names)])  # of each part in the rows of all
+        # Where each record's row is among the rows of all parts, -1: nowhere.
+        self._rows = np.full(len(self._names), -1)
+        if names:
+            found = np.concatenate(names)
+            order = np.argsort(found, kind="stable")
+            place = np.searchsorted(found[order], self._names).clip(max=len(found) - 1)
+            self._rows = np.where(found[order][place] == self._names, order[place], -1)
+
+    def missing(self) -> np.ndarray:
+        """Indices of the records that some process has no row of, ascending."""
+        absent = self._rows < 0
+        if jax.process_count() > 1:
+            absent = multihost_utils.process_allgather(absent).any(axis=0)
+        return np.flatnonzero(absent)
+
+    def compute(
+        self,
+        run: OverSplit,
+        params: Any,
+        source: Source,
+        batches: Callable[[Source], Any],
+        label: str,
+    ) -> None:
+        """Computes what is missing.
+
+        Args:
+          run: its function gives rows, "weight" among them.
+          batches: of the records of a source, in order, as `pipeline.eval_batches`.
+        """
+        missing = self.missing()
+        if not len(missing):
+            return
+        writes = jax.process_index() == 0
+        if writes:
+            for path in self._strangers:
+                path.unlink(missing_ok=True)
+        numbers = (int(path.stem) for path in self._folder.glob("*.npz"))
+        number = max(numbers, default=-1) + 1
+        buffer: list[Results] = []
+        done = 0
+
+        def write() -> None:
+            nonlocal number, done
+            if not buffer:
+                return
+            part = {name: np.concatenate([b[name] for b in buffer]) for name in buffer[0]}
+            buffer.clear()
+            count = min(len(part["weight"]), len(missing) - done)  # the rest is padding
+            part = {name: values[:count] for name, values in part.items()}
+            names = self._names[missing[done : done + count]]
+            done += count
+            if writes:
+                path = self._folder / f"{number:06d}.npz"
+                with complete_or_absent(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **part, names=names, key=np.asarray(self._key))
+            number += 1
+
+        with batches(Selection(source, missing)) as loaded:
+            try:
+                for result in run(params, loaded, examples=len(missing), label=label):
+                    buffer.append(result)
+                    if len(buffer) == BATCHES_PER_PART:
+                        write()
+            finally:
+                write()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"parts of {label}")
+        self._read()
+        if (self._rows < 0).any():
+            raise UserError(f"{self._folder}: its files are gone, or not seen by every process")
+
+    def read(self, name: str) -> Iterator[np.ndarray]:
+        """The rows of all records in order, in blocks [n, ...]."""
+
+        @functools.lru_cache(maxsize=2)  # records that came later alternate with their neighbours
+        def load(part: int) -> np.ndarray:
+            with np.load(self._files[part]) as file:
+                return file[name]
+
+        part_of = np.searchsorted(self._starts, self._rows, side="right") - 1
+        borders = np.flatnonzero(np.diff(part_of)) + 1
+        for indices in np.split(np.arange(len(self._rows)), borders):
+            part = int(part_of[indices[0]])
+            yield load(part)[self._rows[indices] - self._starts[part]]
+
+    def array(self, name: str) -> np.ndarray:
+        """The rows of all records in order: [N, ...]."""
+        whole, done = None, 0
+        for block in self.read(name):
+            if whole is None:
+                whole = np.empty((len(self._rows), *block.shape[1:]), block.dtype)
+            whole[done : done + len(block)] = block
+            done += len(block)
+        return whole
+
+
+class Selection:
+    """Some records of a source, in the order given."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+        self.name, self.split = source.name, source.split
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+    def identity(self) -> str:
+        """Of the source, and which records are taken."""
+        return f"{self.source.identity()} {np.asarray(self.indices).tolist()}"
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then in a log; nothing of what is quickly done."""
+
+    def __init__(self, examples: int, label: str):
+        first = jax.process_index() == 0
+        self._lines = first and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=examples,
+            desc=label,
+            unit="image",
+            dynamic_ncols=True,
+            leave=False,
+            delay=1.0,
+            disable=not first or self._lines,
+        )
+        self._examples, self._label = examples, label
+        self._started = self._told = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.close()
+
+    def advance(self, done: int) -> None:
+        """`done` examples in all."""
+        self._bar.update(done - self._bar.n)
+        now = time.monotonic()
+        if self._lines and now - self._told > LOG_EVERY_SECONDS and done < self._examples:
+            self._told = now
+            rate = done / (now - self._started)
+            logging.info(
+                "%s: %d of %d, %.0f images/s, left %s",
+                *(self._label, done, self._examples, rate),
+                tqdm.format_interval((self._examples - done) / rate),
+            )
