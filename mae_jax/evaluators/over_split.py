@@ -55,9 +55,7 @@ class OverSplit:
             raise UserError(f"batch_size={batch_size}: needs at least 1")
         everywhere = replicated(mesh)
         self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
-        self.positions = local_positions(
-            self.batch_size, mesh
-        )  # what this process brings of a batch
+        self.positions = local_positions(self.batch_size, mesh)  # of this process
         self._function = jax.jit(
             function,
             in_shardings=(shardings or everywhere, batch_sharding(mesh), everywhere),

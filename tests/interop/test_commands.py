@@ -1,6 +1,7 @@
 """The commands: export, features, visualize; from files and from workdirs."""
 
 import contextlib
+import os
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -10,6 +11,7 @@ from small_models import SMALL, assert_same_tree, random_params
 
 from mae_jax import UserError, export, features, visualize
 from mae_jax.config import default_config
+from mae_jax.evaluators import over_split
 from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_official
@@ -161,7 +163,7 @@ def test_the_last_block_by_number_is_the_default_and_the_first_is_not(weights, p
 
 
 def test_features_continue_after_an_interruption(weights, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "BATCHES_PER_PART", 1)
+    monkeypatch.setattr(over_split, "BATCHES_PER_PART", 1)
     run_features(weights, pictures, tmp_path / "whole.npz")
     broken = pictures / "b/c/20.png"  # of the last of three batches
     content = broken.read_bytes()
@@ -173,19 +175,67 @@ def test_features_continue_after_an_interruption(weights, pictures, tmp_path, mo
     done = sorted(p.name for p in (tmp_path / "f.npz.parts").glob("*.npz"))
     assert done == ["000000.npz", "000001.npz"]
     broken.write_bytes(content)
-    (pictures / "a" / "01.png").write_bytes(b"not looked at again")
+    done = pictures / "a" / "01.png"
+    stamp = done.stat()
+    done.write_bytes(bytes(stamp.st_size))  # not looked at again
+    os.utime(done, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     run_features(weights, pictures, output)
     assert not (tmp_path / "f.npz.parts").exists()
     with np.load(output) as result, np.load(tmp_path / "whole.npz") as whole:
         np.testing.assert_array_equal(result["cls"], whole["cls"])
 
 
-def test_parts_of_another_extraction_are_not_mixed_in(weights, pictures, tmp_path, capsys):
-    (pictures / "a" / "01.png").write_bytes(b"damaged")
+def test_features_compute_only_what_changed_since_they_stopped(
+    weights, pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(over_split, "BATCHES_PER_PART", 1)
+    content = (pictures / "a" / "03.png").read_bytes()
+    broken = pictures / "b/c/20.png"  # of the last of three batches
+    broken.write_bytes(content[:200])
     output = tmp_path / "f.npz"
     with pytest.raises(SystemExit):
         run_features(weights, pictures, output)
-    assert "a/01.png" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "20.png" in told
+    assert "--bad_records=skip" in told
+    # 11 + 5 pictures are done. One of them goes, one changes, one is new, and the broken one goes.
+    broken.unlink()
+    (pictures / "a" / "05.png").unlink()
+    (pictures / "a" / "07.png").write_bytes(content)
+    (pictures / "a" / "00.png").write_bytes(content)
+    read = []
+    getitem = features.Pictures.__getitem__
+    monkeypatch.setattr(
+        features.Pictures,
+        "__getitem__",
+        lambda self, index: read.append(self.names[index]) or getitem(self, index),
+    )
+    run_features(weights, pictures, output)
+    assert sorted(read) == ["a/00.png", "a/07.png", *(f"b/c/{i}.png" for i in (12, 14, 16, 18))]
+    run_features(weights, pictures, tmp_path / "whole.npz")
+    with np.load(output) as result, np.load(tmp_path / "whole.npz") as whole:
+        assert list(result["names"]) == list(whole["names"])
+        assert len(result["names"]) == 20
+        np.testing.assert_allclose(result["cls"], whole["cls"], rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_by_name(weights, pictures, tmp_path):
+    run_features(weights, pictures, tmp_path / "whole.npz")
+    (pictures / "a" / "01.png").write_bytes(b"damaged")
+    run_features(weights, pictures, tmp_path / "f.npz", "--bad_records=skip")
+    with np.load(tmp_path / "f.npz") as result, np.load(tmp_path / "whole.npz") as whole:
+        names = list(whole["names"])
+        assert names[0] == "a/01.png"
+        assert list(result["names"]) == names[1:]
+        np.testing.assert_array_equal(result["cls"], whole["cls"][1:])
+
+
+def test_parts_of_another_extraction_are_not_mixed_in(weights, pictures, tmp_path, capsys):
+    (pictures / "b/c/20.png").write_bytes(b"damaged")
+    output = tmp_path / "f.npz"
+    with pytest.raises(SystemExit):
+        run_features(weights, pictures, output)
+    assert "b/c/20.png" in capsys.readouterr().err
     arguments = [f"--weights={weights}", f"--images={pictures}", f"--output={output}"]
     error = error_of(features.main, [*arguments, "--batch_size=8", "--block=1"], capsys)
     assert "another extraction (other block)" in error

@@ -1,10 +1,13 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from task_runs import make, run_steps
 
 from mae_jax.data.pipeline import example_index
+from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
+from mae_jax.evaluators import over_split
 from mae_jax.evaluators.feature_cache import CachedFeatures
 from mae_jax.models.classifier import absorb_batch_norm
 
@@ -126,34 +129,83 @@ def test_every_evaluation_example_is_in_the_cached_batches_once(supervised_confi
     assert count == len(splits.eval)
 
 
-def test_a_cache_is_used_again_for_the_same_encoder_only(supervised_config, tmp_path, monkeypatch):
-    config = supervised_config("linear_probe", **CACHED)
-    computed = []
-    compute_all = CachedFeatures._compute_all
-    monkeypatch.setattr(
-        CachedFeatures,
-        "_compute_all",
-        lambda self, source, frozen: (
-            computed.append(source.split) or compute_all(self, source, frozen)
-        ),
-    )
-    _, _, _, first = cached(config, tmp_path)
-    assert len(computed) == 2
-    _, _, _, again = cached(config, tmp_path)
-    assert len(computed) == 2
-    np.testing.assert_array_equal(first._train_arrays["feature"], again._train_arrays["feature"])
-    config.seed = 1  # another random encoder
-    cached(config, tmp_path)
-    assert len(computed) == 4
+@pytest.fixture
+def rows_read(monkeypatch):
+    """A function of nothing: how many records were read for features since it was last asked."""
+    counts = [0]
+    in_order = Splits.in_order
+
+    def counted(self, source, positions, batch_size):
+        counts[0] += len(source)
+        return in_order(self, source, positions, batch_size)
+
+    def since() -> int:
+        count, counts[0] = counts[0], 0
+        return count
+
+    monkeypatch.setattr(Splits, "in_order", counted)
+    return since
 
 
-def test_a_damaged_cache_is_computed_again(supervised_config, tmp_path):
-    config = supervised_config("linear_probe", **CACHED)
-    _, _, _, first = cached(config, tmp_path)
-    file = tmp_path / "train.npz"
+def photographs(root, seed, size=40):
+    """root/{train,val}/{a,b}/*.png; the same names for every seed."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 12), ("val", 6)):
+        for i in range(count):
+            place = root / split / "ab"[i % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (size, size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+    return str(root)
+
+
+def test_a_cache_is_used_again_only_for_all_that_features_depend_on(
+    supervised_config, tmp_path, rows_read
+):
+    first, second = (photographs(tmp_path / str(seed), seed) for seed in (0, 1))
+    config = supervised_config("linear_probe", **CACHED, data__name="folder", data__dir=first)
+    _, _, _, one = cached(config, tmp_path / "cache")
+    assert rows_read() == 18
+    _, _, _, again = cached(config, tmp_path / "cache")
+    assert rows_read() == 0
+    np.testing.assert_array_equal(one._train_arrays["feature"], again._train_arrays["feature"])
+
+    config.data.dir = second  # as many pictures of the same names
+    _, _, _, two = cached(config, tmp_path / "cache")
+    assert rows_read() == 18
+    difference = one._train_arrays["feature"] - two._train_arrays["feature"]
+    assert np.abs(difference).max(axis=1).min() > 1e-3
+    for name, value in {
+        "seed": 1,  # another random encoder
+        "data.mean": (0.1, 0.2, 0.3),
+        "data.std": (0.5, 0.5, 0.5),
+        "model.heads": 4,
+        "compute_dtype": "bfloat16",
+    }.items():
+        config.update_from_flattened_dict({name: value})
+        cached(config, tmp_path / "cache")
+        assert rows_read() == 18, name
+    photographs(tmp_path / "1", seed=2)  # the files change where they are
+    cached(config, tmp_path / "cache")
+    assert rows_read() == 18
+
+
+def test_a_damaged_cache_is_computed_again_where_it_is_damaged(
+    supervised_config, tmp_path, rows_read, monkeypatch
+):
+    monkeypatch.setattr(over_split, "BATCHES_PER_PART", 1)
+    directory = photographs(tmp_path / "pictures", 0)
+    config = supervised_config("linear_probe", **CACHED, data__name="folder", data__dir=directory)
+    config.eval.batch_size = 8
+    _, _, _, first = cached(config, tmp_path / "cache")
+    assert rows_read() == 18
+    file = tmp_path / "cache" / "train" / "000000.npz"
     file.write_bytes(file.read_bytes()[:1000])
-    _, _, _, again = cached(config, tmp_path)
-    np.testing.assert_array_equal(first._train_arrays["feature"], again._train_arrays["feature"])
+    for expected in (8, 0):
+        _, _, _, again = cached(config, tmp_path / "cache")
+        assert rows_read() == expected
+        for name, values in first._train_arrays.items():
+            np.testing.assert_array_equal(values, again._train_arrays[name])
 
 
 def test_records_that_cannot_be_decoded_are_left_out_of_cached_batches(supervised_config, tmp_path):
