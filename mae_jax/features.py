@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax import UserError
-from mae_jax.data.folder import EXTENSIONS
+from mae_jax.data.folder import PictureFiles, list_pictures
 from mae_jax.data.pipeline import eval_batches
-from mae_jax.data.record import DecodeError, Record
+from mae_jax.data.record import DecodeError
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
 from mae_jax.evaluators.over_split import OverSplit, Parts
@@ -37,44 +37,6 @@ from mae_jax.interop.build import features_function, model_params
 from mae_jax.storage.files import complete_or_absent
 
 KINDS = ("cls", "mean", "tokens", "logits")
-
-
-class Pictures:
-    """All picture files below a folder, sorted by path, as a source of records.
-
-    Raises:
-      UserError: no such folder, or no picture in it.
-    """
-
-    name, split, num_classes, class_names = "folder", "all", None, None
-
-    def __init__(self, folder: str | pathlib.Path):
-        self.folder = pathlib.Path(folder).expanduser()
-        if not self.folder.is_dir():
-            raise UserError(f"--images: there is no folder {self.folder}")
-        self.names = sorted(
-            str(pathlib.Path(place, file).relative_to(self.folder))
-            for place, _, files in os.walk(self.folder)
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        )
-        if not self.names:
-            raise UserError(f"--images: no picture below {self.folder} ({' '.join(EXTENSIONS)})")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Record:
-        file = self.folder / self.names[index]
-        image = np.load(file) if file.suffix == ".npy" else file.read_bytes()
-        return Record(image, -1, str(file))
-
-    def stamps(self) -> np.ndarray:
-        """Name, size and time of every file: [N] strings."""
-        status = (os.stat(self.folder / name) for name in self.names)
-        return np.asarray(
-            [f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in zip(self.names, status, strict=True)]
-        )
 
 
 def extract(
@@ -104,7 +66,8 @@ def extract(
     path = pathlib.Path(output)
     if path.suffix != ".npz":
         raise UserError(f"--output={output}: the result is an .npz file")
-    pictures = Pictures(images)
+    root = pathlib.Path(images).expanduser().resolve()
+    names = sorted(list_pictures(root, "--images"))
     checkpoint = arguments.open_weights(weights, known)
     d = checkpoint.description
     kinds = kinds or (d.pool or "cls",)
@@ -120,14 +83,16 @@ def extract(
     run = OverSplit(features, make_mesh(), batch_size)
     key = {
         "weights": checkpoint.digest(),
-        "images": str(pictures.folder.resolve()),
+        "images": str(root),
         "kinds": list(kinds),
         "model": str(d),
         "block": block,
         "dtype": dtype,
     }
     folder = path.with_name(path.name + ".parts")
-    parts = Parts(folder, key, pictures.stamps())
+    status = [os.stat(root / name) for name in names]
+    versions = [f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in zip(names, status, strict=True)]
+    parts = Parts(folder, key, np.asarray(versions))
     if parts.foreign:
         raise UserError(
             f"{folder} holds parts of another extraction (other {', '.join(sorted(parts.foreign))})"
@@ -138,7 +103,7 @@ def extract(
         parts.compute(
             run,
             replicate(model_params(checkpoint), run.mesh),
-            pictures,
+            PictureFiles(root, names),
             lambda some: eval_batches(
                 some,
                 transform,
@@ -153,7 +118,7 @@ def extract(
             f"{error}. Mend or remove it, or leave such pictures out with --bad_records=skip; "
             f"the same command then goes on after what {folder} holds"
         ) from error
-    _assemble(path, pictures.names, kinds, parts)
+    _assemble(path, names, kinds, parts)
     shutil.rmtree(folder)
     return path
 

@@ -11,6 +11,7 @@ from small_models import SMALL, assert_same_tree, random_params
 
 from mae_jax import UserError, export, features, visualize
 from mae_jax.config import default_config
+from mae_jax.data.folder import PictureFiles
 from mae_jax.evaluators import over_split
 from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
@@ -204,12 +205,14 @@ def test_features_compute_only_what_changed_since_they_stopped(
     (pictures / "a" / "07.png").write_bytes(content)
     (pictures / "a" / "00.png").write_bytes(content)
     read = []
-    getitem = features.Pictures.__getitem__
-    monkeypatch.setattr(
-        features.Pictures,
-        "__getitem__",
-        lambda self, index: read.append(self.names[index]) or getitem(self, index),
-    )
+    getitem = PictureFiles.__getitem__
+
+    def counted(self, index):
+        record = getitem(self, index)
+        read.append(os.path.relpath(record.name, pictures))
+        return record
+
+    monkeypatch.setattr(PictureFiles, "__getitem__", counted)
     run_features(weights, pictures, output)
     assert sorted(read) == ["a/00.png", "a/07.png", *(f"b/c/{i}.png" for i in (12, 14, 16, 18))]
     run_features(weights, pictures, tmp_path / "whole.npz")
