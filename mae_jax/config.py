@@ -1,17 +1,21 @@
-"""Every config field with its default and meaning, and the checks made before any work starts.
+"""Every config field: its default, type, range, meaning, and which tasks use it.
 
 Recipes in `configs/` start from `default_config()` and change fields; the command line overrides
 fields of the recipe (`--config.mask.ratio=0.9`). Unknown fields are refused.
 """
 
+import difflib
+import functools
+import importlib.machinery
 import importlib.util
 import json
-import math
 import pathlib
-from typing import Any
+import traceback
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+import mae_jax
 from mae_jax import UserError
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.masking import SAMPLERS, num_kept
@@ -19,242 +23,162 @@ from mae_jax.models.targets import TARGETS
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
 
 TASKS = ("pretrain", "finetune", "scratch", "linear_probe")
+MAE = ("pretrain",)
+TUNE = ("finetune",)
+CLASSIFY = ("finetune", "scratch")
+PROBE = ("linear_probe",)
+LABELS = (*CLASSIFY, *PROBE)
+STARTS = (*MAE, *TUNE, *PROBE)  # from weights
+ADAMW = (*MAE, *CLASSIFY)
 DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("adamw", "lars")
-RESIZES = ("exact", "fast")
-STACKINGS = ("unrolled", "scan")
-CROPS = ("random_resized", "single_try", "centre")
-BAD_RECORDS = ("stop", "skip")
-INIT_PARTS = ("all", "encoder")
+ANY = ()
+
+
+class Field(NamedTuple):
+    """One field of the config.
+
+    Attributes:
+      default: its type is the field's. A float takes an integer too; the entries of a tuple are of
+        one type.
+      values: of text, the choices; of a number, and of each entry of a tuple, the range in interval
+        notation: "-1 or [1, inf)".
+      doc: the meaning.
+      tasks: that use it; the others refuse any value but the default.
+      free: may differ between a checkpoint and the run that continues from it, because it changes
+        how the run is carried out, not what it computes.
+    """
+
+    default: Any
+    values: str | tuple[str, ...]
+    doc: str
+    tasks: tuple[str, ...] = TASKS
+    free: bool = False
+
+
+Free = functools.partial(Field, free=True)
+
+# The defaults are the paper's pretraining recipe for ViT-B (table 8).
+FIELDS = {
+    "task": Field("pretrain", TASKS, "what is trained, and how"),
+    "seed": Field(0, "[0, inf)", "of everything random"),
+    "batch_size": Field(4096, "[1, inf)", "global: over all devices and accumulation steps"),
+    "epochs": Field(800.0, "[0, inf)", "of the training split, each examples // batch_size steps"),
+    "steps": Field(0, "[0, inf)", "more than 0: total steps, in place of epochs"),
+    "log_every": Free(50, "[1, inf)", "steps"),
+    # A workdir, or a file or folder of any format that `mae_jax.export` writes or the official
+    # code, timm and Hugging Face use. Empty: from scratch. Fine-tuning and probing want one;
+    # `random` gives them an untrained encoder, the control of an experiment.
+    "init_from": Field("", ANY, "weights to start from, or random", STARTS),
+    "init_parts": Field("all", ("all", "encoder"), "encoder: a new decoder", MAE),
+    # 0.5: the MLP of the last block and what follows; 0: the head only; -1: everything.
+    "trainable_blocks": Field(-1.0, "-1 or 0.5 or [0, inf)", "how many of the last blocks", TUNE),
+    "compute_dtype": Field("bfloat16", DTYPES, "parameters, softmax, norms, loss stay float32"),
+    "target": Field("norm_pixel", tuple(TARGETS), "what the decoder predicts", MAE),
+    # Encoder. Of width, depth and heads 0 takes the variant's.
+    "model.variant": Field("b", tuple(VARIANTS), "size of the ViT"),
+    "model.patch_size": Field(16, "[1, inf)", "pixels"),
+    "model.image_size": Field((224,), "[1, inf)", "pixels: one side, or height,width"),
+    "model.channels": Field(3, "[1, inf)", "of the images"),
+    "model.width": Field(0, "[0, inf)", "0 takes the variant's"),
+    "model.depth": Field(0, "[0, inf)", "0 takes the variant's"),
+    "model.heads": Field(0, "[0, inf)", "0 takes the variant's"),
+    "model.stacking": Free("unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower"),
+    "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work"),
+    # Of the activations between blocks. bfloat16 is faster and doubles the error of the latents.
+    "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks"),
+    "model.drop_path": Field(
+        0.0, "[0, 1)", "of the last block, falling to 0 at the first", CLASSIFY
+    ),
+    # Decoder and masks.
+    "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
+    "decoder.width": Field(512, "[1, inf)", "of its tokens", MAE),
+    "decoder.heads": Field(16, "[1, inf)", "of its attention", MAE),
+    "mask.kind": Field("random", tuple(SAMPLERS), "which patches are hidden", MAE),
+    "mask.ratio": Field(0.75, "(0, 1)", "share of the patches that is hidden", MAE),
+    # The head of a classifier. mean: of the patch tokens, then a new norm; cls: the class token,
+    # after the encoder's norm.
+    "head.pool": Field("mean", tuple(POOLS), "what the head reads", LABELS),
+    "head.classes": Field(0, "[0, inf)", "0: as many as the data set has", LABELS),
+    "head.init_std": Field(2e-5, "(0, inf)", "of its random start", LABELS),
+    # Examples that share batch-norm statistics: the reference's 512 of one GPU.
+    "head.norm_group": Field(512, "[0, inf)", "examples normalised together; 0: all", PROBE),
+    "augment.randaugment": Field("", ANY, "timm's notation, as rand-m9-mstd0.5-inc1", CLASSIFY),
+    "augment.erasing": Field(0.0, "[0, 1]", "probability", CLASSIFY),
+    "augment.mixup": Field(0.0, "[0, inf)", "alpha of the Beta distribution; 0: none", CLASSIFY),
+    "augment.cutmix": Field(0.0, "[0, inf)", "alpha of the Beta distribution; 0: none", CLASSIFY),
+    "augment.mix_probability": Field(1.0, "[0, 1]", "of either, where one is on", CLASSIFY),
+    "augment.mix_switch": Field(0.5, "[0, 1]", "share of cutmix, where both are on", CLASSIFY),
+    # Neighbours in the global batch that share one lambda: the reference's batch of one GPU.
+    "augment.mix_group": Field(32, "[2, inf)", "examples mixed alike", CLASSIFY),
+    "augment.smoothing": Field(0.0, "[0, 1)", "of labels", CLASSIFY),
+    # `single_try` is for linear probing; `centre` is table 1e's "none".
+    "data.name": Field("imagenet2012", ANY, "a TFDS data set, `folder` or `demo`"),
+    "data.dir": Free("", ANY, "TFDS data dir, or the folder of images"),
+    "data.train_split": Field("train", ANY, "as TFDS spells it"),
+    "data.eval_split": Field("validation", ANY, "as TFDS spells it"),
+    "data.crop": Field(
+        "random_resized", ("random_resized", "single_try", "centre"), "of training pictures"
+    ),
+    "data.scale": Field((0.2, 1.0), "(0, 1]", "area of the crop: lowest,highest"),
+    "data.ratio": Field((3 / 4, 4 / 3), "(0, inf)", "aspect of the crop: lowest,highest"),
+    # Pillow's bicubic; or OpenCV's, blurrier, in half the CPU time.
+    "data.resize": Field("exact", ("exact", "fast"), "of training pictures"),
+    "data.flip": Field(True, ANY, "left to right, every other picture"),
+    "data.eval_crop": Field(0.0, "[0, 1]", "of the resized side; 0: 224/256 up to 224 px, else 1"),
+    "data.mean": Field((0.485, 0.456, 0.406), "(-inf, inf)", "of the channels, pixels in [0, 1]"),
+    "data.std": Field((0.229, 0.224, 0.225), "(0, inf)", "of the channels, pixels in [0, 1]"),
+    "data.bad_records": Field("stop", ("stop", "skip"), "skip: use the next one, and count"),
+    "data.workers": Free(0, "[0, inf)", "processes that decode; 0: threads of this one do"),
+    "data.threads": Free(0, "[0, inf)", "that decode, per process; 0: one per core"),
+    "data.prefetch": Free(4, "[1, inf)", "batches made ahead"),
+    "optim.name": Field("", ("", "adamw", "lars"), "empty: lars for linear probing, else adamw"),
+    "optim.reduce_dtype": Field("float32", DTYPES, "of gradients summed over devices", ADAMW),
+    "optim.base_lr": Field(1.5e-4, "(0, inf)", "learning rate = base_lr * batch_size / 256"),
+    "optim.min_lr": Field(0.0, "[0, inf)", "learning rate at the end"),
+    "optim.warmup_epochs": Field(40.0, "[0, inf)", "in which the learning rate rises from 0"),
+    "optim.warmup_steps": Field(0, "[0, inf)", "more than 0: in place of warmup_epochs"),
+    "optim.b1": Field(0.9, "[0, 1)", "AdamW: decay of the gradients' mean", ADAMW),
+    "optim.b2": Field(0.95, "[0, 1)", "AdamW: decay of the mean of their squares", ADAMW),
+    "optim.eps": Field(1e-8, "[0, inf)", "AdamW: added to the root of that mean", ADAMW),
+    "optim.layer_decay": Field(1.0, "(0, 1]", "of the rate, block by block downwards", CLASSIFY),
+    "optim.momentum": Field(0.9, "[0, 1)", "of LARS", PROBE),
+    "optim.trust": Field(0.001, "(0, inf)", "coefficient of LARS", PROBE),
+    "optim.weight_decay": Field(0.05, "[0, inf)", "of matrices; vectors have none"),
+    "optim.clip_norm": Field(0.0, "[0, inf)", "largest norm of the gradient; 0: any", ADAMW),
+    "optim.accumulate": Free(1, "[1, inf)", "gradient accumulation: parts the batch is run in"),
+    "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", ADAMW),
+    "mesh.data": Free(-1, "-1 or [1, inf)", "ways to split the batch; -1: what fsdp leaves"),
+    "mesh.fsdp": Free(1, "-1 or [1, inf)", "ways to split batch and state; -1: all devices"),
+    "checkpoint.every": Free(1000, "[1, inf)", "steps"),
+    "checkpoint.keep": Free(3, "[1, inf)", "of the newest"),
+    "eval.every": Free(5000, "[0, inf)", "steps; 0: only at the end"),
+    "eval.batches": Free(0, "[0, inf)", "at most so many; 0: the whole split"),
+    "eval.batch_size": Free(0, "[0, inf)", "0: that of training"),
+    # A closed-form linear probe of the encoder while it pretrains, beside the same probe of an
+    # untrained one. Empty texts take the field of `data`.
+    "probe.every": Free(0, "[0, inf)", "steps; 0: no probe", MAE),
+    "probe.name": Free("", ANY, "of labelled data", MAE),
+    "probe.dir": Free("", ANY, "of labelled data", MAE),
+    "probe.train_split": Free("", ANY, "of labelled data", MAE),
+    "probe.eval_split": Free("", ANY, "of labelled data", MAE),
+    "probe.train_examples": Free(10000, "[2, inf)", "at most", MAE),
+    "probe.eval_examples": Free(5000, "[1, inf)", "at most", MAE),
+    "probe.pool": Free("cls", tuple(POOLS), "of tokens after the final norm", MAE),
+    # Nearest neighbours say little about MAE.
+    "probe.neighbours": Free(0, "[0, inf)", "k of a k-nearest-neighbour score; 0: none", MAE),
+    "pictures.every": Free(5000, "[0, inf)", "steps; 0: only at the end"),
+    "pictures.count": Free(8, "[1, inf)", "images in the grid"),
+}
+FREE_FIELDS = tuple(name for name, field in FIELDS.items() if field.free)
 
 
 def default_config() -> ConfigDict:
-    """The paper's pretraining recipe for ViT-B (table 8, mae.md 2.1), every field present.
-
-    Recipes of other tasks change it; a field that a task has no use for must keep its default.
-    """
-    config = ConfigDict()
-    config.task = "pretrain"
-    config.seed = 0
-    config.batch_size = 4096  # global: over all devices and accumulation steps
-    config.epochs = 800.0  # of the training split; one epoch = examples // batch_size steps
-    config.steps = 0  # more than 0: total steps, in place of epochs
-    config.log_every = 50  # steps
-    # Weights to start from: a workdir, or a file or folder of any format `mae_jax.export` writes or
-    # the official code, timm and Hugging Face use. Empty: from scratch. Fine-tuning and linear
-    # probing want one; `random` gives them an untrained encoder, the control of an experiment.
-    config.init_from = ""
-    config.init_parts = "all"  # or encoder: leave the decoder at its random start
-    # Fine-tuning: how many of the last blocks to train, with all that follows them. 0.5: the last
-    # MLP; 0: the head only; -1 or the depth: everything.
-    config.trainable_blocks = -1.0
-    config.compute_dtype = "bfloat16"  # parameters, softmax, norms and loss stay float32
-
-    config.model = ConfigDict()
-    config.model.variant = "b"  # ti s b l h
-    config.model.patch_size = 16
-    config.model.image_size = (224,)  # pixels: (side,) or (height, width)
-    config.model.channels = 3
-    config.model.width = 0  # these three: 0 takes the variant's
-    config.model.depth = 0
-    config.model.heads = 0
-    config.model.stacking = "unrolled"  # or scan: compiles faster, runs slower
-    config.model.remat = "none"  # dots, full: less memory, more work
-    # Of the activations between blocks. bfloat16 is faster and doubles the error of the latents.
-    config.model.residual_dtype = "float32"
-    config.model.drop_path = 0.0  # of the last block; the first has 0, evenly between
-
-    config.decoder = ConfigDict()
-    config.decoder.depth = 8
-    config.decoder.width = 512
-    config.decoder.heads = 16
-
-    config.mask = ConfigDict()
-    config.mask.kind = "random"
-    config.mask.ratio = 0.75
-    config.target = "norm_pixel"  # or pixel
-
-    config.head = ConfigDict()  # of a classifier
-    config.head.pool = "mean"  # of patch tokens, then a new norm; or cls, after the encoder's norm
-    config.head.classes = 0  # 0: as many as the data set has
-    config.head.init_std = 2e-5
-    # Examples that share batch-norm statistics (linear probing): the reference's 512 of one GPU.
-    # 0: the whole batch.
-    config.head.norm_group = 512
-
-    config.augment = ConfigDict()  # of fine-tuning
-    config.augment.randaugment = ""  # timm's notation, e.g. rand-m9-mstd0.5-inc1
-    config.augment.erasing = 0.0  # probability
-    config.augment.mixup = 0.0  # alpha of the Beta distribution; 0: none
-    config.augment.cutmix = 0.0
-    config.augment.mix_probability = 1.0  # of either, where one is on
-    config.augment.mix_switch = 0.5  # share of cutmix, where both are on
-    # Neighbours in the global batch that share one lambda: the reference's batch of one GPU.
-    config.augment.mix_group = 32
-    config.augment.smoothing = 0.0  # of labels
-
-    config.data = ConfigDict()
-    config.data.name = "imagenet2012"  # a TFDS data set, `folder` or `demo`
-    config.data.dir = ""  # TFDS data dir, or the folder of images
-    config.data.train_split = "train"
-    config.data.eval_split = "validation"
-    config.data.crop = "random_resized"  # single_try (probing), centre (table 1e, "none")
-    config.data.scale = (0.2, 1.0)  # area of the crop
-    config.data.ratio = (3 / 4, 4 / 3)  # aspect of the crop
-    config.data.resize = "exact"  # Pillow's bicubic; or fast: OpenCV, blurrier, half the CPU time
-    config.data.flip = True
-    config.data.eval_crop = 0.0  # crop over resized side; 0: 224/256 up to 224 px, else 1
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.bad_records = "stop"  # or skip: use the next one, and count
-    config.data.workers = 0  # processes that decode; 0 decodes in threads of this one
-    config.data.threads = 0  # that decode, per process; 0: one per core
-    config.data.prefetch = 4  # batches made ahead
-
-    config.optim = ConfigDict()
-    config.optim.name = ""  # adamw or lars; empty: lars for linear probing, else adamw
-    config.optim.reduce_dtype = "float32"  # of gradients summed over devices; or bfloat16
-    config.optim.base_lr = 1.5e-4  # lr = base_lr * batch_size / 256
-    config.optim.min_lr = 0.0
-    config.optim.warmup_epochs = 40.0
-    config.optim.warmup_steps = 0  # more than 0: in place of warmup_epochs
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.95
-    config.optim.eps = 1e-8
-    config.optim.layer_decay = 1.0  # of the learning rate, from block to block downwards
-    config.optim.momentum = 0.9  # these two: LARS, the optimizer of linear probing
-    config.optim.trust = 0.001
-    config.optim.weight_decay = 0.05
-    config.optim.clip_norm = 0.0  # 0: no clipping
-    config.optim.accumulate = 1  # gradient accumulation: parts the batch is run in
-    config.optim.ema = 0.0  # decay of the weights' moving average; 0: none
-
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # -1: whatever fsdp leaves
-    config.mesh.fsdp = 1  # ways to split parameters and optimizer; -1: all devices
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 1000  # steps
-    config.checkpoint.keep = 3
-
-    config.eval = ConfigDict()
-    config.eval.every = 5000  # steps; 0: only at the end
-    config.eval.batches = 0  # at most so many batches; 0: the whole split
-    config.eval.batch_size = 0  # 0: that of training
-
-    # A closed-form linear probe of the encoder while it pretrains, beside the same probe of an
-    # untrained one.
-    config.probe = ConfigDict()
-    config.probe.every = 0  # steps; 0: no probe
-    config.probe.name = ""  # labelled data; these four: empty takes the field of `data`
-    config.probe.dir = ""
-    config.probe.train_split = ""
-    config.probe.eval_split = ""
-    config.probe.train_examples = 10000  # at most
-    config.probe.eval_examples = 5000
-    config.probe.pool = "cls"  # or mean, of patch tokens after the final norm
-    config.probe.neighbours = 0  # k of a k-nearest-neighbour score beside it (weak for MAE); 0: off
-
-    config.pictures = ConfigDict()
-    config.pictures.every = 5000  # steps; 0: only at the end
-    config.pictures.count = 8  # images in the grid
-    return config.lock()
-
-
-# May differ between a checkpoint and the run that continues from it: they change how the run is
-# carried out, not what it computes. Everything else must be equal.
-FREE_FIELDS = (
-    "log_every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "eval.every",
-    "eval.batches",
-    "eval.batch_size",
-    "probe.every",
-    "probe.name",
-    "probe.dir",
-    "probe.train_split",
-    "probe.eval_split",
-    "probe.train_examples",
-    "probe.eval_examples",
-    "probe.pool",
-    "probe.neighbours",
-    "pictures.every",
-    "pictures.count",
-    "data.dir",
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "mesh.data",
-    "mesh.fsdp",
-    "optim.accumulate",
-    "model.stacking",
-    "model.remat",
-)
-
-
-_CLASSIFIER_FIELDS = ("head.", "trainable_blocks", "model.drop_path", "augment.")
-_MAE_FIELDS = ("mask.", "decoder.", "target", "init_parts", "probe.")
-_LARS_FIELDS = ("optim.momentum", "optim.trust", "head.norm_group")
-# What each task has no use for: setting it would be ignored, so it is refused.
-UNUSED_FIELDS = {
-    "pretrain": (*_CLASSIFIER_FIELDS, *_LARS_FIELDS, "optim.layer_decay"),
-    "finetune": (*_MAE_FIELDS, *_LARS_FIELDS),
-    "scratch": (*_MAE_FIELDS, *_LARS_FIELDS, "init_from", "trainable_blocks"),
-    "linear_probe": (
-        *_MAE_FIELDS,
-        "trainable_blocks",
-        "model.drop_path",
-        "augment.",
-        "optim.b1",
-        "optim.b2",
-        "optim.eps",
-        "optim.clip_norm",
-        "optim.layer_decay",
-        "optim.ema",
-        "optim.reduce_dtype",
-    ),
-}
-
-
-def image_size(config: ConfigDict) -> tuple[int, int]:
-    """`model.image_size` as (height, width)."""
-    size = config.model.image_size
-    if isinstance(size, int):
-        return size, size
-    return tuple(size) * 2 if len(size) == 1 else tuple(size)
-
-
-def total_steps(config: ConfigDict, examples: int) -> int:
-    """Optimizer steps of the whole run."""
-    if config.steps:
-        return config.steps
-    return max(1, round(config.epochs * steps_per_epoch(config, examples)))
-
-
-def warmup_steps(config: ConfigDict, examples: int) -> int:
-    """Optimizer steps of linear warm-up."""
-    if config.optim.warmup_steps:
-        return config.optim.warmup_steps
-    return round(config.optim.warmup_epochs * steps_per_epoch(config, examples))
-
-
-def steps_per_epoch(config: ConfigDict, examples: int) -> int:
-    """Whole batches in the training split, at least one (312 for ImageNet at 4096)."""
-    return max(1, examples // config.batch_size)
-
-
-def to_json(config: ConfigDict) -> str:
-    """The config as it is written to `config.json`."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
-
-
-def load_recipe(path: str | pathlib.Path) -> Any:
-    """The module of a config file. Such files are run by path, from any directory, not imported."""
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The paper's pretraining recipe for ViT-B, every field present. Other recipes change it."""
+    tree: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        *section, leaf = name.split(".")
+        (tree.setdefault(*section, {}) if section else tree)[leaf] = field.default
+    return ConfigDict(tree).lock()
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -266,6 +190,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as it is written to `config.json`."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
 def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -288,105 +217,210 @@ def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tup
     }
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+# Recipes and overrides.
 
 
-def _require_choice(config: ConfigDict, field: str, choices: Any) -> None:
-    value = flatten(config.to_dict())[field]
-    _require(value in choices, f"{field} = {value!r}: choose one of {', '.join(choices)}")
+def load_recipe(path: str | pathlib.Path) -> Any:
+    """The module of a config file. Such files are run by path, from any directory, not imported."""
+    # Any suffix will do, where spec_from_file_location knows .py only.
+    loader = importlib.machinery.SourceFileLoader(pathlib.Path(path).stem, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def load_config(recipe: str) -> ConfigDict:
+    """The config of FILE or FILE:VARIANT; FILE is a path, or the name of a recipe in `configs/`.
+
+    Raises:
+      UserError: no such file, or one that does not give a config.
+    """
+    name, _, variant = recipe.partition(":")
+    package = pathlib.Path(mae_jax.__file__).parent
+    shipped = package / "configs"  # where it is installed; in a checkout they lie beside it
+    shipped = shipped if shipped.is_dir() else package.parent / "configs"
+    own = shipped / name.removeprefix("configs/")
+    path = next((p for p in (pathlib.Path(name), own, own.with_suffix(".py")) if p.is_file()), None)
+    if path is None:
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
+        raise UserError(f"--config={recipe}: no such file, and no recipe of that name ({names})")
+    try:
+        config = load_recipe(path).get_config(*[variant] * bool(variant))
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code: its line says what a traceback would
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        what = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
+        raise UserError(f"--config={recipe}: {path}, line {line}: {what}") from error
+    if not isinstance(config, ConfigDict) or FIELDS.keys() - flatten(config.to_dict()).keys():
+        raise UserError(f"--config={recipe}: get_config() has to return a changed default_config()")
+    return config
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Gives a field the value that a command line spells as `text`.
+
+    Raises:
+      UserError: no such field, or no value of its type and range.
+    """
+    default = _field(name).default
+    value: Any = text
+    try:
+        if isinstance(default, bool):
+            value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+        elif isinstance(default, tuple):
+            parts = text.strip("()[]").rstrip(",").split(",")
+            value = tuple(type(default[0])(part) for part in parts)
+        else:
+            value = type(default)(text)
+    except ValueError:
+        pass  # the check below refuses the text by the name of its field
+    _check_value(name, value)
+    config.update_from_flattened_dict({name: value})
+
+
+def _field(name: str) -> Field:
+    if name not in FIELDS:
+        likely = " or ".join(difflib.get_close_matches(name, FIELDS, 3, 0.5))
+        raise UserError(
+            f"unknown config field {name}; "
+            + (f"did you mean {likely}? " if likely else "")
+            + "Every field is in mae_jax/config.py"
+        )
+    return FIELDS[name]
+
+
+# Values that depend on others: where a recipe's does not go with a shorter run or a smaller batch,
+# what is used in its place follows from config and data alone, so that it is the same on resume.
+
+
+def image_size(config: ConfigDict) -> tuple[int, int]:
+    """`model.image_size` as (height, width)."""
+    size = tuple(config.model.image_size)
+    return size * 2 if len(size) == 1 else size
+
+
+def steps_per_epoch(config: ConfigDict, examples: int) -> int:
+    """Whole batches in the training split, at least one (312 for ImageNet at 4096)."""
+    return max(1, examples // config.batch_size)
+
+
+def total_steps(config: ConfigDict, examples: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps or max(1, round(config.epochs * steps_per_epoch(config, examples)))
+
+
+def warmup_steps(config: ConfigDict, examples: int) -> int:
+    """Optimizer steps of linear warm-up; a tenth of a run that would end before it does."""
+    steps, total = _recipe_warmup(config, examples), total_steps(config, examples)
+    return steps if steps < total else total // 10
+
+
+def _recipe_warmup(config: ConfigDict, examples: int) -> int:
+    epochs = config.optim.warmup_epochs
+    return config.optim.warmup_steps or round(epochs * steps_per_epoch(config, examples))
+
+
+def norm_group(config: ConfigDict) -> int:
+    """`head.norm_group`, or the largest number below it that divides the batch; all of it for 0."""
+    return _largest_divisor(config.batch_size, config.head.norm_group or config.batch_size, 1)
+
+
+def mix_group(config: ConfigDict) -> int:
+    """`augment.mix_group`, or the largest even number below it that divides the batch."""
+    return _largest_divisor(config.batch_size, config.augment.mix_group, 2)
+
+
+def _largest_divisor(number: int, limit: int, step: int) -> int:
+    """The largest divisor of `number` from `limit` down to 2 that `step` divides; 0 for none."""
+    return next((n for n in range(limit // step * step, 1, -step) if number % n == 0), 0)
+
+
+def adjustments(config: ConfigDict, examples: int) -> list[str]:
+    """Where the run departs from the recipe because values depend on each other, for the log."""
+    total, batch = (
+        f"a run of {total_steps(config, examples)} steps",
+        f"batch_size = {config.batch_size}",
+    )
+    warmup = warmup_steps(config, examples)
+    used = [("optim.warmup_steps", _recipe_warmup(config, examples), warmup, total)]
+    if config.task in PROBE and config.head.norm_group:
+        used.append(("head.norm_group", config.head.norm_group, norm_group(config), batch))
+    if config.augment.mixup or config.augment.cutmix:
+        used.append(("augment.mix_group", config.augment.mix_group, mix_group(config), batch))
+    return [
+        f"{name}: {now} in place of the recipe's {recipe}, to fit {what}"
+        for name, recipe, now, what in used
+        if now != recipe
+    ]
+
+
+# Checks.
 
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError for a config that no data set and no machine could run.
 
-    Checked by their types and locks elsewhere: unknown fields (ml_collections), the data
-    directory (`data.sources`), the fit of batch and mesh (`distributed.mesh`).
+    Checked elsewhere: the data directory (`data.sources`), the fit of batch and mesh
+    (`distributed.mesh`).
     """
-    unknown = flatten(config.to_dict()).keys() - flatten(default_config().to_dict()).keys()
-    _require(not unknown, f"unknown config field(s) {', '.join(sorted(unknown))}")
-    for field, choices in {
-        "task": TASKS,
-        "compute_dtype": DTYPES,
-        "model.residual_dtype": DTYPES,
-        "optim.reduce_dtype": DTYPES,
-        "optim.name": ("", *OPTIMIZERS),
-        "data.resize": RESIZES,
-        "init_parts": INIT_PARTS,
-        "model.variant": VARIANTS,
-        "model.stacking": STACKINGS,
-        "model.remat": REMAT_POLICIES,
-        "mask.kind": SAMPLERS,
-        "target": TARGETS,
-        "data.crop": CROPS,
-        "data.bad_records": BAD_RECORDS,
-        "head.pool": POOLS,
-        "probe.pool": POOLS,
-    }.items():
-        _require_choice(config, field, choices)
-    _validate_use(config)
-    _validate_model(config)
-    _validate_classifier(config)
-    for field in (
-        "batch_size",
-        "log_every",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "optim.accumulate",
-        "optim.base_lr",
-        "data.prefetch",
-        "pictures.count",
-        "probe.train_examples",
-        "probe.eval_examples",
-        "head.init_std",
-        "optim.layer_decay",
-    ):
-        value = flatten(config.to_dict())[field]
-        _require(value > 0, f"{field} = {value}: must be more than 0")
-    for field in (
-        "data.workers",
-        "data.threads",
-        "eval.every",
-        "eval.batches",
-        "eval.batch_size",
-        "pictures.every",
-        "probe.every",
-        "probe.neighbours",
-        "head.classes",
-        "head.norm_group",
-        "augment.mixup",
-        "augment.cutmix",
-        "steps",
-    ):
-        value = flatten(config.to_dict())[field]
-        _require(value >= 0, f"{field} = {value}: must not be negative")
-    _require(
-        config.steps > 0 or config.epochs > 0, "set steps or epochs: one of them must be above 0"
+    values = flatten(config.to_dict())
+    for name, value in values.items():
+        _check_value(name, value)
+    for check in (_check_use, _check_start, _check_shapes, _check_mask, _check_batch, _check_data):
+        check(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raises UserError where a value is not of the field's type or not in its range."""
+    default, allowed, doc, *_ = _field(name)
+    many = isinstance(default, tuple)
+    entries = list(value) if many and isinstance(value, (tuple, list)) else [value]
+    kind = type(default[0] if many else default)
+    fits = bool(entries) and all(
+        type(entry) is kind or (kind is float and type(entry) is int) for entry in entries
     )
-    _require(
-        config.batch_size % config.optim.accumulate == 0,
-        f"batch_size = {config.batch_size} does not divide into optim.accumulate = "
-        f"{config.optim.accumulate} equal parts",
-    )
-    _require(0 <= config.optim.ema < 1, f"optim.ema = {config.optim.ema}: must be in [0, 1)")
-    for field in ("mean", "std"):
-        count = len(config.data[field])
+    remedy = {bool: "true or false", str: "a text", int: "an integer", float: "a number"}[kind]
+    if isinstance(allowed, str):
+        fits = fits and all(_in_range(entry, allowed) for entry in entries)
+        remedy += f" in {allowed}" + ", or several with commas between" * many
+    elif allowed:
+        fits = fits and value in allowed
+        remedy = f"one of {', '.join(choice or 'empty' for choice in allowed)}"
+    _require(fits, f"{name} = {value!r}: give {remedy} ({doc})")
+
+
+def _in_range(value: float, ranges: str) -> bool:
+    """Whether a number lies in "-1 or [1, inf)" or the like."""
+    for text in ranges.split(" or "):
+        low, _, high = text.strip("[(])").partition(", ")
+        low, high = float(low), float(high or low)
+        open_ends = [low] * text.startswith("(") + [high] * text.endswith(")")
+        if low <= value <= high and value not in open_ends:
+            return True
+    return False
+
+
+def _check_use(config: ConfigDict) -> None:
+    """Refuses fields that the task would not look at."""
+    for name, value in flatten(config.to_dict()).items():
+        default, _, _, tasks, _ = FIELDS[name]
+        default = list(default) if isinstance(default, tuple) else default
         _require(
-            count == config.model.channels,
-            f"data.{field} has {count} value(s) for model.channels = {config.model.channels}",
+            value == default or config.task in tasks,
+            f"{name} = {value!r}: task {config.task} has no use for this field; leave it at "
+            f"{default!r}",
         )
 
 
-def _validate_use(config: ConfigDict) -> None:
-    """Fields set for a task that would not look at them."""
-    defaults, values = flatten(default_config().to_dict()), flatten(config.to_dict())
-    for field, value in values.items():
-        if value != defaults[field] and field.startswith(UNUSED_FIELDS[config.task]):
-            raise UserError(
-                f"{field} = {value!r}: task {config.task} has no use for this field; leave it at "
-                f"{defaults[field]!r}"
-            )
+def _check_start(config: ConfigDict) -> None:
     needs_weights = config.task in ("finetune", "linear_probe")
     _require(
         bool(config.init_from) or not needs_weights,
@@ -399,77 +433,76 @@ def _validate_use(config: ConfigDict) -> None:
         f"init_from = 'random' is for fine-tuning and probing; task {config.task} starts at random "
         "weights when it is empty",
     )
-
-
-def _validate_classifier(config: ConfigDict) -> None:
-    for field in ("augment.erasing", "augment.mix_probability", "augment.mix_switch"):
-        value = flatten(config.to_dict())[field]
-        _require(0 <= value <= 1, f"{field} = {value}: a probability lies in [0, 1]")
-    for field in ("augment.smoothing", "model.drop_path"):
-        value = flatten(config.to_dict())[field]
-        _require(0 <= value < 1, f"{field} = {value}: must be in [0, 1)")
+    k, shape = config.trainable_blocks, VARIANTS[config.model.variant]
+    depth = config.model.depth or shape.depth
     _require(
-        0 <= config.data.eval_crop <= 1,
-        f"data.eval_crop = {config.data.eval_crop}: crop over resized side, in (0, 1]; 0 for auto",
-    )
-    _require(
-        config.optim.layer_decay <= 1,
-        f"optim.layer_decay = {config.optim.layer_decay}: must be in (0, 1]",
-    )
-    if config.augment.mixup or config.augment.cutmix:
-        group = config.augment.mix_group
-        _require(
-            group > 0 and group % 2 == 0 and config.batch_size % group == 0,
-            f"augment.mix_group = {group}: must be even and divide batch_size = "
-            f"{config.batch_size}",
-        )
-    if config.task == "linear_probe" and config.head.norm_group:
-        _require(
-            config.head.norm_group > 1 and config.batch_size % config.head.norm_group == 0,
-            f"head.norm_group = {config.head.norm_group}: must be above 1 and divide batch_size "
-            f"= {config.batch_size}; 0 takes the whole batch",
-        )
-    k = config.trainable_blocks
-    depth = config.model.depth or VARIANTS[config.model.variant].depth
-    _require(
-        k in (-1, 0.5) or (k == int(k) and 0 <= k <= depth),
+        k in (-1, 0.5) or (k == int(k) and k <= depth),
         f"trainable_blocks = {k}: choose -1 (all), 0, 0.5 or a whole number up to the depth, "
         f"{depth}",
     )
 
 
-def _validate_model(config: ConfigDict) -> None:
-    size = config.model.image_size
-    _require(
-        isinstance(size, int) or len(size) in (1, 2),
-        f"model.image_size = {size}: give one side or height,width",
-    )
-    height, width = image_size(config)
-    patch = config.model.patch_size
-    _require(patch > 0, f"model.patch_size = {patch}: must be more than 0")
-    for name, side in (("height", height), ("width", width)):
+def _check_shapes(config: ConfigDict) -> None:
+    size, patch = config.model.image_size, config.model.patch_size
+    _require(len(size) in (1, 2), f"model.image_size = {size}: give one side or height,width")
+    for name, side in zip(("height", "width"), image_size(config), strict=True):
         lower = side // patch * patch
         _require(
-            side > 0 and side % patch == 0,
+            side % patch == 0,
             f"model.image_size: {name} {side} is not divisible by model.patch_size = {patch}; "
             f"the nearest that are: {lower or patch}, {lower + patch}",
         )
-    _require(config.model.channels > 0, "model.channels must be more than 0")
     shape = VARIANTS[config.model.variant]
-    stacks = (
+    for name, dim, heads in (
         ("model", config.model.width or shape.width, config.model.heads or shape.heads),
         ("decoder", config.decoder.width, config.decoder.heads),
-    )
-    for name, dim, heads in stacks:
+    ):
         _require(dim % 4 == 0, f"{name}.width = {dim}: sine-cosine positions need a multiple of 4")
         _require(dim % heads == 0, f"{name}.width = {dim} is not divisible by heads = {heads}")
-    _require(config.decoder.depth > 0, "decoder.depth must be at least 1")
-    ratio = config.mask.ratio
-    patches = height * width // patch**2
-    _require(0 < ratio < 1, f"mask.ratio = {ratio}: must lie between 0 and 1")
-    kept = num_kept(patches, ratio)
+
+
+def _check_mask(config: ConfigDict) -> None:
+    height, width = image_size(config)
+    patches = height * width // config.model.patch_size**2
+    kept = num_kept(patches, config.mask.ratio)
     _require(
-        math.isfinite(ratio) and 0 < kept < patches,
-        f"mask.ratio = {ratio} keeps {kept} of {patches} patches: at least one patch must stay "
-        "and at least one must go",
+        0 < kept < patches,
+        f"mask.ratio = {config.mask.ratio} keeps {kept} of {patches} patches: at least one patch "
+        "must stay and at least one must go",
     )
+
+
+def _check_batch(config: ConfigDict) -> None:
+    _require(
+        config.steps > 0 or config.epochs > 0, "set steps or epochs: one of them must be above 0"
+    )
+    _require(
+        config.batch_size % config.optim.accumulate == 0,
+        f"batch_size = {config.batch_size} does not divide into optim.accumulate = "
+        f"{config.optim.accumulate} equal parts",
+    )
+    _require(
+        config.task not in PROBE or norm_group(config) > 0,
+        f"head.norm_group = {config.head.norm_group}: no number from 2 to it divides batch_size = "
+        f"{config.batch_size}; 0 takes the whole batch",
+    )
+    _require(
+        not (config.augment.mixup or config.augment.cutmix) or mix_group(config) > 0,
+        f"batch_size = {config.batch_size}: mixup and cutmix need pairs, so an even number",
+    )
+
+
+def _check_data(config: ConfigDict) -> None:
+    data, channels = config.data, config.model.channels
+    for field in ("mean", "std"):
+        count = len(data[field])
+        _require(
+            count == channels,
+            f"data.{field} has {count} value(s) for model.channels = {channels}",
+        )
+    for field in ("scale", "ratio"):
+        value = data[field]
+        _require(
+            len(value) == 2 and value[0] <= value[1],
+            f"data.{field} = {value}: give two numbers, the lower first, as 0.2,1",
+        )

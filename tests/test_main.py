@@ -174,7 +174,6 @@ def test_two_processes_of_four_devices_compute_what_one_device_does(undisturbed,
         ({"data__name": "folder", "data__dir": "/nowhere"}, "data.dir: there is no folder"),
         ({"data__name": "imagenet2012"}, "data.dir is not set"),
         ({"mesh__data": 3}, "mesh.data = 3"),
-        ({"optim__warmup_steps": 12}, "the warm-up takes 12 of 12 steps"),
     ],
 )
 def test_bad_input_ends_at_once_with_its_message(tmp_path, fields, message):

@@ -1,8 +1,10 @@
 """What can be trained: one file a task, each a subclass of `base.Task`."""
 
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax import config as config_lib
 from mae_jax.tasks.base import Task
 from mae_jax.tasks.finetune import Finetune
 from mae_jax.tasks.linear_probe import LinearProbe
@@ -23,4 +25,6 @@ def create_task(config: ConfigDict, examples: int, classes: int | None, mesh: Me
       examples: size of the training split; sets the length of epochs.
       classes: of a labelled data set.
     """
+    for line in config_lib.adjustments(config, examples):
+        logging.info("%s", line)
     return _CLASSES[config.task](config, examples, classes, mesh)

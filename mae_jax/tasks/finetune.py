@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax import config as config_lib
 from mae_jax.augment.mixing import mix, random_erasing, soft_targets
 from mae_jax.augment.pixels import example_keys, normalize, random_flip
 from mae_jax.data.splits import Splits
@@ -66,6 +67,7 @@ class Finetune(Task):
         self.model = Classifier(encoder, classes, config.head.pool, config.head.init_std)
         self.drop_path = config.model.drop_path
         self.augment = config.augment.copy_and_resolve_references()
+        self.mix_group = config_lib.mix_group(config)
         self.optimizer = optax.chain(
             optimizers.adamw(
                 self.schedule,
@@ -128,7 +130,7 @@ class Finetune(Task):
             images = random_erasing(images, keys[:, 1], augment.erasing)
         targets = soft_targets(batch["label"], self.model.classes, augment.smoothing)
         if augment.mixup or augment.cutmix:
-            groups = jnp.arange(images.shape[0] // augment.mix_group, dtype=jnp.int32)
+            groups = jnp.arange(images.shape[0] // self.mix_group, dtype=jnp.int32)
             images, targets = mix(
                 images,
                 targets,
@@ -137,7 +139,7 @@ class Finetune(Task):
                 cutmix_alpha=augment.cutmix,
                 probability=augment.mix_probability,
                 switch_probability=augment.mix_switch,
-                group=augment.mix_group,
+                group=self.mix_group,
             )
         rows = batch_sharding(self.mesh)
         images, targets = jax.lax.with_sharding_constraint((images, targets), rows)

@@ -15,6 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax import config as config_lib
 from mae_jax.augment.pixels import example_keys, normalize, random_flip
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
@@ -64,7 +65,7 @@ class LinearProbe(Task):
         self.classes = classes
         self.pool = config.head.pool
         self.init_std = config.head.init_std
-        self.norm_group = config.head.norm_group or config.batch_size
+        self.norm_group = config_lib.norm_group(config)
         self.cached = config.data.crop == "centre" and not config.data.flip
         self.optimizer = optimizers.lars(
             self.schedule,

@@ -170,7 +170,6 @@ def test_splits_with_other_classes_are_refused(tmp_path):
         ({"init_from": "random", "trainable_blocks": 0.7}, "trainable_blocks = 0.7"),
         ({"init_from": "random", "trainable_blocks": 3.0}, "trainable_blocks = 3"),
         ({"init_from": "random", "decoder__depth": 2}, "decoder.depth"),
-        ({"init_from": "random", "augment__mixup": 0.8}, "augment.mix_group"),
     ],
 )
 def test_bad_input_ends_at_once_with_its_message(tmp_path, fields, message):
