@@ -33,6 +33,7 @@ more cycles with `--config.model.stacking=scan`; `vit_l` 11.9 GB on each of 16 w
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import default_config
 
 # epochs, base lr, layer decay, drop path (mae.md 2.3)
@@ -47,7 +48,9 @@ RECIPES = {
 
 def get_config(variant: str = "vit_b") -> ConfigDict:
     if variant not in RECIPES:
-        raise ValueError(f"configs/finetune.py:{variant}: choose one of {', '.join(RECIPES)}")
+        raise UserError(
+            f"--config=configs/finetune.py:{variant}: choose one of {', '.join(RECIPES)}"
+        )
     config = default_config()
     config.task = "finetune"
     config.model.variant = "b" if variant == "mmselfsup" else variant[4]

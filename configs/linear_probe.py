@@ -24,13 +24,14 @@ Work: B 35, L 123, H 335 GFLOP an image; at 45 % of peak 12.7, 25 and 67 chip-ho
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import default_config
 
 
 def get_config(variant: str = "vit_b") -> ConfigDict:
     if variant not in ("vit_b", "vit_l", "vit_h", "mmselfsup"):
-        raise ValueError(
-            f"configs/linear_probe.py:{variant}: choose vit_b, vit_l, vit_h or mmselfsup"
+        raise UserError(
+            f"--config=configs/linear_probe.py:{variant}: choose vit_b, vit_l, vit_h or mmselfsup"
         )
     config = default_config()
     config.task = "linear_probe"

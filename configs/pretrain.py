@@ -17,12 +17,15 @@ ViT-B run. Work for 800 epochs: B 59, L 125, H 291 GFLOP an image and step; at 4
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import default_config
 
 
 def get_config(variant: str = "vit_b") -> ConfigDict:
     if variant not in ("vit_b", "vit_l", "vit_h", "mmselfsup"):
-        raise ValueError(f"configs/pretrain.py:{variant}: choose vit_b, vit_l, vit_h or mmselfsup")
+        raise UserError(
+            f"--config=configs/pretrain.py:{variant}: choose vit_b, vit_l, vit_h or mmselfsup"
+        )
     config = default_config()
     config.model.variant = "b" if variant == "mmselfsup" else variant.removeprefix("vit_")
     if variant == "mmselfsup":

@@ -20,6 +20,7 @@ labels tell which photograph a cut is from:
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import default_config
 
 
@@ -68,7 +69,8 @@ def get_config(task: str = "pretrain") -> ConfigDict:
         config.data.crop = "centre"  # with flips off: features are computed once
         config.data.flip = False
     else:
-        raise ValueError(
-            f"configs/quickstart.py:{task}: choose pretrain, finetune, scratch or linear_probe"
+        raise UserError(
+            f"--config=configs/quickstart.py:{task}: choose pretrain, finetune, scratch or "
+            "linear_probe"
         )
     return config

@@ -17,12 +17,13 @@ Work as in `configs/finetune.py`: 126, 295 and 804 chip-hours of TPU v5e at 45 %
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import default_config
 
 
 def get_config(variant: str = "vit_b") -> ConfigDict:
     if variant not in ("vit_b", "vit_l", "vit_h"):
-        raise ValueError(f"configs/scratch.py:{variant}: choose vit_b, vit_l or vit_h")
+        raise UserError(f"--config=configs/scratch.py:{variant}: choose vit_b, vit_l or vit_h")
     config = default_config()
     config.task = "scratch"
     config.model.variant = variant.removeprefix("vit_")

@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.config import load_recipe
 
 _FINETUNE = load_recipe(pathlib.Path(__file__).with_name("finetune.py"))
@@ -61,8 +62,8 @@ MODELS = ("vit_b", "vit_l", "vit_h", "vit_h_448")
 def get_config(variant: str = "inat2018_vit_b") -> ConfigDict:
     name, _, model = variant.partition("_")
     if name not in SETS or model not in MODELS:
-        raise ValueError(
-            f"configs/transfer.py:{variant}: choose one of {', '.join(SETS)}, then one of "
+        raise UserError(
+            f"--config=configs/transfer.py:{variant}: choose one of {', '.join(SETS)}, then one of "
             f"{', '.join(MODELS)}, as in inat2018_vit_b"
         )
     config = _FINETUNE.get_config(model)

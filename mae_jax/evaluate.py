@@ -20,14 +20,18 @@ them, which gives no mCE.
 shows it again when all is done.
 """
 
-import argparse
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("evaluate"))
+
 import dataclasses
 import json
 import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mae_jax import UserError
+from mae_jax import UserError, cli
 from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
@@ -50,7 +54,6 @@ from mae_jax.evaluators.robustness import (
     occurring_classes,
     require_present,
 )
-from mae_jax.interop import arguments
 from mae_jax.interop.build import classify_function, model_params
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.models.classifier import classification_sums
@@ -171,7 +174,7 @@ def evaluate(
     if len(benchmark.data) > 1 and data_dir:
         require_present(benchmark.data, data_dir)
     source = open_source(benchmark.data[0], data_dir, benchmark.split)  # before work is done
-    checkpoint = arguments.open_weights(weights, known)
+    checkpoint = cli.open_weights(weights, known)
     crop = crop or benchmark.crop
     scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
     settings = {
@@ -287,12 +290,9 @@ def choose_benchmark(data: str, split: str, robustness: str, corruptions: str) -
     return dataclasses.replace(benchmark, data=sum(map(corrupted, names), ()))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.evaluate",
-        description="Accuracy of a classifier on a labelled data set.",
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("evaluate", __doc__)
     parser.add_argument("--weights", required=True, help="workdir, file or folder")
     parser.add_argument("--data", default="", help="TFDS name, folder or demo")
     parser.add_argument("--data_dir", default="", help="TFDS data dir, or the folder of images")
@@ -313,28 +313,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", default="", help="JSON file to write")
-    arguments.add_known(parser)
+    cli.add_overrides(parser)
     args = parser.parse_args(argv)
-    try:
-        result = evaluate(
-            args.weights,
-            choose_benchmark(args.data, args.split, args.robustness, args.corruptions),
-            args.data_dir,
-            crop=args.crop,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            output=args.output,
-            known=arguments.known(args),
-        )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    result = evaluate(
+        args.weights,
+        choose_benchmark(args.data, args.split, args.robustness, args.corruptions),
+        args.data_dir,
+        crop=args.crop,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        output=args.output,
+        known=cli.overrides(args),
+    )
     print(f"{HEADER}\n{result['markdown']}")
     if errors := result.get("corruption_errors"):
         print("corruption errors: " + ", ".join(f"{name} {e:.1f}" for name, e in errors.items()))
     if args.output:
         print(f"wrote {args.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,14 +6,17 @@
 own exports). `--output` is a new folder; it receives the weights and a model card.
 """
 
-import argparse
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("export"))
+
 import pathlib
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mae_jax import UserError
-from mae_jax.interop import arguments, export, serving
+from mae_jax import UserError, cli
+from mae_jax.interop import export, serving
 
 _EXPORTERS: dict[str, export.Exporter] = {
     "timm": export.export_encoder,
@@ -45,7 +48,7 @@ def run(
     directory = pathlib.Path(output)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--output={output}: exists and is not empty; choose another folder")
-    checkpoint = arguments.open_weights(source, known)
+    checkpoint = cli.open_weights(source, known)
     facts = dict(checkpoint.facts)
     if licence:
         facts["licence"] = licence
@@ -55,30 +58,20 @@ def run(
     return exporter(checkpoint.params(), directory, checkpoint.description, facts)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.export", description="Writes weights for other libraries."
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("export", __doc__)
     parser.add_argument("--from", dest="source", required=True, help="workdir, file or folder")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--licence", help="of the weights, for the model card")
-    arguments.add_known(parser)
+    cli.add_overrides(parser)
     args = parser.parse_args(argv)
-    try:
-        path = run(
-            args.source,
-            args.format,
-            args.output,
-            known=arguments.known(args),
-            licence=args.licence,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    path = run(
+        args.source,
+        args.format,
+        args.output,
+        known=cli.overrides(args),
+        licence=args.licence,
+    )
     print(f"wrote {path} and its model card {path.parent / export.CARD_FILE}")
-
-
-if __name__ == "__main__":
-    main()

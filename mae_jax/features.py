@@ -12,27 +12,29 @@ an interruption, with whatever pictures are there then. `--bad_records=skip` lea
 pictures that cannot be decoded.
 """
 
-import argparse
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("features"))
+
 import os
 import pathlib
 import shutil
-import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax import UserError
+from mae_jax import UserError, cli
 from mae_jax.data.folder import PictureFiles, list_pictures
 from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.record import DecodeError
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
 from mae_jax.evaluators.over_split import OverSplit, Parts
-from mae_jax.interop import arguments
 from mae_jax.interop.build import features_function, model_params
 from mae_jax.storage.files import complete_or_absent
 
@@ -68,7 +70,7 @@ def extract(
         raise UserError(f"--output={output}: the result is an .npz file")
     root = pathlib.Path(images).expanduser().resolve()
     names = sorted(list_pictures(root, "--images"))
-    checkpoint = arguments.open_weights(weights, known)
+    checkpoint = cli.open_weights(weights, known)
     d = checkpoint.description
     kinds = kinds or (d.pool or "cls",)
     compute = features_function(d, block=block, dtype=jnp.dtype(dtype))
@@ -145,11 +147,9 @@ def _assemble(path: pathlib.Path, names: list[str], kinds: tuple[str, ...], part
             np.lib.format.write_array(stream, np.asarray(names)[there], allow_pickle=False)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.features", description="Writes features of a folder of pictures."
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("features", __doc__)
     parser.add_argument("--weights", required=True, help="workdir, file or folder")
     parser.add_argument("--images", required=True, help="folder; its sub-folders are searched")
     parser.add_argument("--output", required=True, help="the .npz to write")
@@ -175,27 +175,19 @@ def main(argv: list[str] | None = None) -> None:
         default="stop",
         help="skip leaves out pictures that cannot be decoded; names tell which are there",
     )
-    arguments.add_known(parser)
+    cli.add_overrides(parser)
     args = parser.parse_args(argv)
-    try:
-        path = extract(
-            args.weights,
-            args.images,
-            args.output,
-            kinds=tuple(dict.fromkeys(args.kind)),
-            block=args.block,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            bad_records=args.bad_records,
-            known=arguments.known(args),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    path = extract(
+        args.weights,
+        args.images,
+        args.output,
+        kinds=tuple(dict.fromkeys(args.kind)),
+        block=args.block,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        bad_records=args.bad_records,
+        known=cli.overrides(args),
+    )
     with np.load(path) as result:
         shapes = ", ".join(f"{name} {list(result[name].shape)}" for name in result.files)
     print(f"wrote {path}: {shapes}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,24 +4,27 @@ The workdir holds config.json, metrics.jsonl, checkpoints/, pictures and, at the
 for classifiers results.json. The same command with the same workdir continues a stopped run.
 """
 
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("train"))
+
 import functools
-import logging as python_logging
 import pathlib
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import mae_jax
-from mae_jax import UserError
+from mae_jax import UserError, cli
 from mae_jax import config as config_lib
 from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
@@ -40,36 +43,14 @@ from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
 from mae_jax.train.step import compile_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/quickstart.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; an old one is continued")
 
-
-def main(argv: list[str]) -> None:
-    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    set_up_logging()
-    try:
-        startup.initialize()
-        run(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError, ImportError, UserError) as error:
-        logging.debug("traceback", exc_info=True)
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def set_up_logging() -> None:
-    """Our own lines with the time, other libraries' only from warnings up."""
-    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-    handler = logging.get_absl_handler()
-    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    package = str(pathlib.Path(mae_jax.__file__).parent)
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= python_logging.WARNING
-            or (record.pathname.startswith(package) and jax.process_index() == 0)
-        )
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("train", __doc__)
+    parser.add_argument("--workdir", required=True, help="folder of this run; an old one goes on")
+    arguments = cli.parse_recipe(parser, argv)
+    startup.initialize()
+    run(arguments.config, arguments.workdir)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -290,27 +271,3 @@ def device_batches(
         if current is not None:
             yield current
     yield ahead
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with unknown config fields told by their whole name."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        known = config_lib.flatten(config_lib.default_config().to_dict())
-        overrides = [a.split("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
-        unknown = ", ".join(name for name in overrides if name not in known)
-        hint = str(error).partition("Did you mean")
-        logging.debug("traceback", exc_info=True)
-        print(
-            f"\nerror: unknown config field {unknown or error}. "
-            + "".join(hint[1:]).rstrip("\"'")
-            + "\nEvery field is in mae_jax/config.py.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)

@@ -8,21 +8,30 @@ collectives are what the pod's executable has; cycles are the compiler's estimat
 comparing layouts, not for predicting hours. Data is not read; its size only sets the schedule.
 """
 
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("plan"))
+
 import collections
+import importlib.util
 import os
 import re
-import sys
 import time
+from collections.abc import Sequence
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU here: do not look for its metadata
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device to guard either
+# Before JAX is imported. There is no TPU here: its compiler need not look for one, or guard it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
-from absl import app, flags
 from jax.experimental import topologies
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from mae_jax import UserError, cli
 from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
@@ -31,22 +40,15 @@ from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Generation and chip grid, e.g. v5p:4x4x4")
-
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def main(argv: list[str]) -> None:
-    """Prints the plan; exit status 2 when the step does not fit or the config cannot run."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    try:
-        report = plan(_CONFIG.value, _TOPOLOGY.value)
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        print(f"error: {str(error)[:2000]}", file=sys.stderr)
-        sys.exit(2)
-    for name, value in report.items():
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the plan."""
+    parser = cli.Parser("plan", __doc__)
+    parser.add_argument("--topology", default="v5e:4x4", help="generation:grid, as v5p:4x4x4")
+    arguments = cli.parse_recipe(parser, argv)
+    for name, value in plan(arguments.config, arguments.topology).items():
         print(f"{name:>28}: {value}")
 
 
@@ -54,17 +56,28 @@ def plan(config: ConfigDict, topology: str) -> dict[str, object]:
     """Compiles the training step for `topology`: what it needs, as {what: figure}.
 
     Raises:
-      ValueError: a config that cannot run on that many devices.
-      jax.errors.JaxRuntimeError: unknown topology, or the compiler ran out of the chips' memory.
+      UserError: a config that cannot run on that many devices, an unknown topology, or a step that
+        needs more memory than the chips have.
     """
     config_lib.validate(config)
-    devices = list(topologies.get_topology_desc(topology, "tpu").devices)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
+    try:
+        devices = list(topologies.get_topology_desc(topology, "tpu").devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     task = create_task(config, IMAGENET_TRAIN_IMAGES, config.head.classes or 1000, mesh)
     abstract = abstract_state(task.init, mesh)
     start = time.time()
-    compiled = lower_step(task, abstract).compile()
+    try:
+        compiled = lower_step(task, abstract).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the step does not fit: {reason}; see the table in README.md") from error
     seconds = time.time() - start
     memory = compiled.memory_analysis()
     cycles, collectives = read_program(compiled.as_text())
@@ -124,8 +137,3 @@ def read_program(text: str) -> tuple[int, dict[str, int]]:
 
     cycles, collectives = walk(entry)
     return cycles, dict(collectives)
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
-    app.run(main)

@@ -7,17 +7,21 @@ workdir. Runs that differ in nothing but the seed become one row, with mean and 
 deviation of their accuracies, the mean loss and the median speed.
 """
 
-import argparse
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("results"))
+
 import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_jax import UserError
+from mae_jax import UserError, cli
 from mae_jax.config import FREE_FIELDS, flatten, image_size
 from mae_jax.storage.files import read_json, write_atomically
 from mae_jax.train.metrics import read_metrics
@@ -114,7 +118,7 @@ def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
         )
     result = read_json(path)
     if "config" not in result:
-        raise ValueError(f"{path}: not a file this project writes")
+        raise UserError(f"{path}: not a file this project writes")
     return result
 
 
@@ -200,20 +204,13 @@ def _percent(values: list[float | None]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.2f} ({len(values)})"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.results",
-        description="Prints one Markdown table of what supervised runs scored.",
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("results", __doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a finished run")
     args = parser.parse_args(argv)
     workdirs = dict.fromkeys(pathlib.Path(w).expanduser().resolve() for w in args.workdirs)
-    try:
-        print(table(_finished(workdirs)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(table(_finished(workdirs)))
 
 
 def _finished(workdirs: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
@@ -222,12 +219,10 @@ def _finished(workdirs: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
     for workdir in workdirs:
         try:
             found.append(read_results(workdir))
-        except FileNotFoundError as error:
+        except UserError as error:
+            if (workdir / "results.json").exists():
+                raise
             print(f"left out: {error}", file=sys.stderr)
     if not found:
-        raise ValueError("none of these workdirs holds the results of a finished supervised run")
+        raise UserError("none of these workdirs holds the results of a finished supervised run")
     return found
-
-
-if __name__ == "__main__":
-    main()

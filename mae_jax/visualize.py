@@ -6,19 +6,22 @@ On one's own pictures, from a workdir, an official full checkpoint or a Hugging 
         --output=grid.png
 """
 
-import argparse
-import sys
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("visualize"))
+
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from mae_jax import UserError, cli
 from mae_jax.data.folder import PictureFiles
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.interop import arguments
 from mae_jax.interop.build import build_mae
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.models.masking import sample_masking
+from mae_jax.models.masking import num_kept, sample_masking
 from mae_jax.pictures.grids import COLUMNS, reconstruction_grid
 from mae_jax.storage.files import write_png
 
@@ -37,13 +40,16 @@ def reconstruct_files(
       [height, width, 3] uint8.
 
     Raises:
-      ValueError, OSError: bad weights, no decoder, or a picture that cannot be read, by name.
+      UserError: bad weights, no decoder, or a picture that cannot be read, by name.
     """
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise ValueError(f"--mask_ratio={ratio:g}: must lie between 0 and 1")
     checkpoint = open_checkpoint(weights, **known)
     d = checkpoint.description
+    patches = d.grid[0] * d.grid[1]
+    for ratio in ratios:
+        if not (0 < ratio < 1 and 0 < num_kept(patches, ratio) < patches):
+            raise UserError(
+                f"--mask_ratio={ratio:g}: of {patches} patches at least one must stay and one go"
+            )
     model, params = build_mae(d), checkpoint.params()
     transform = EvalTransform(size=d.image_size, channels=d.channels)
     pictures = PictureFiles("", files)
@@ -69,33 +75,19 @@ def reconstruct_files(
     return np.concatenate(sheets)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; bad input ends with its message and exit status 2, not with a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.visualize", description="Draws what a model reconstructs."
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("visualize", __doc__)
     parser.add_argument("--weights", required=True, help="workdir, file or folder, with decoder")
     parser.add_argument("--images", required=True, nargs="+", help="picture files")
     parser.add_argument("--output", required=True, help="the .png to write")
-    parser.add_argument(
-        "--mask_ratio", type=arguments.numbers, default=(0.75,), help="e.g. 0.5,0.75,0.9"
-    )
+    parser.add_argument("--mask_ratio", type=cli.numbers, default=(0.75,), help="e.g. 0.5,0.75,0.9")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
-    arguments.add_known(parser)
+    cli.add_overrides(parser)
     args = parser.parse_args(argv)
-    try:
-        if not args.output.endswith(".png"):
-            raise ValueError(f"--output={args.output}: the result is a .png file")
-        known = arguments.known(args)
-        sheet = reconstruct_files(
-            args.weights, args.images, args.mask_ratio, seed=args.seed, **known
-        )
-        write_png(args.output, sheet)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not args.output.endswith(".png"):
+        raise UserError(f"--output={args.output}: the result is a .png file")
+    known = cli.overrides(args)
+    sheet = reconstruct_files(args.weights, args.images, args.mask_ratio, seed=args.seed, **known)
+    write_png(args.output, sheet)
     print(f"wrote {args.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax import UserError, evaluate
+from mae_jax import UserError, cli, evaluate
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import EvalTransform
@@ -131,7 +131,7 @@ def run(*arguments):
 
 def error_of(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
-        run(*arguments)
+        cli.start("evaluate", [str(a) for a in arguments])
     assert stop.value.code == 2
     return capsys.readouterr().err
 

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from mae_jax import UserError
 from mae_jax.config import validate
 from mae_jax.data.pipeline import example_index, example_rng, train_batches
 from mae_jax.data.sources import Record, Source
@@ -45,12 +46,12 @@ def main(config: ConfigDict) -> None:
     """Prints rates, their ratio, and how far the pixels of the two pipelines lie apart.
 
     Raises:
-      ValueError: a config that cannot run, or channels that Pillow does not have.
+      UserError: a config that cannot run, or channels that Pillow does not have.
     """
     validate(config)
     data, model = config.data, config.model
     if model.channels not in (1, 3):
-        raise ValueError(f"model.channels={model.channels}: the plain pipeline reads 1 or 3")
+        raise UserError(f"model.channels = {model.channels}: the plain pipeline reads 1 or 3")
     splits = Splits(config)
     source, transform = splits.train, splits.train_transform
     height, width = transform.size

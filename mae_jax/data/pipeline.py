@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 from grain.experimental import index_shuffle
 
+from mae_jax import UserError
 from mae_jax.data.record import DecodeError, LabelError, Record, Source
 
 CROP_STREAM = 0x63726F70  # "crop": sets the crops' random numbers apart from any other use of seed
@@ -187,7 +188,7 @@ class _BatchBuilder:
         if bad_records not in ("stop", "skip"):
             raise ValueError(f"data.bad_records={bad_records!r}: choose `stop` or `skip`")
         if not len(source):
-            raise ValueError(f"{source.name}/{source.split} holds no record")
+            raise UserError(f"{source.name}, split {source.split}, holds no record")
         self.source, self.transform = source, transform
         self.batch_size, self.positions = batch_size, positions
         self.skip = bad_records == "skip"

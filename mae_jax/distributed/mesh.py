@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mae_jax import UserError
+
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -18,19 +20,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
     """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
 
     Raises:
-      ValueError: the product is not the number of devices.
+      UserError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     if data == -1 and fsdp == -1:
-        raise ValueError("mesh.data and mesh.fsdp are both -1: fix one of them")
+        raise UserError("mesh.data and mesh.fsdp are both -1: fix one of them")
     shape = (data, fsdp)
     if data == -1:
         shape = (count // fsdp, fsdp)
     elif fsdp == -1:
         shape = (data, count // data)
     if min(shape) < 1 or shape[0] * shape[1] != count:
-        raise ValueError(
+        raise UserError(
             f"mesh.data = {data} by mesh.fsdp = {fsdp} does not cover the {count} device(s) "
             "present; -1 for one of them fits it to the other"
         )
@@ -39,11 +41,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "batch_size") -> None:
-    """Raises ValueError where the batch does not split evenly over devices and micro-batches."""
+    """Raises UserError where the batch does not split evenly over devices and micro-batches."""
     parts = mesh.size * accumulate
     if batch_size % parts:
         lower = batch_size // parts * parts
-        raise ValueError(
+        raise UserError(
             f"{field} = {batch_size} does not divide over {mesh.size} device(s)"
             + (f" and optim.accumulate = {accumulate}" if accumulate > 1 else "")
             + f"; the nearest that do: {lower or parts}, {lower + parts}"
