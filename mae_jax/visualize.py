@@ -11,6 +11,8 @@ if __name__ == "__main__":
 
     raise SystemExit(start("visualize"))
 
+import functools
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +24,8 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.interop.build import build_mae
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.models.masking import num_kept, sample_masking
-from mae_jax.pictures.grids import COLUMNS, reconstruction_grid
+from mae_jax.models.reconstruct import reconstruct
+from mae_jax.pictures.grids import reconstruction_grid
 from mae_jax.storage.files import write_png
 
 
@@ -40,7 +43,8 @@ def reconstruct_files(
       [height, width, 3] uint8.
 
     Raises:
-      UserError: bad weights, no decoder, or a picture that cannot be read, by name.
+      UserError: bad weights, no decoder, a ratio that hides nothing or everything, or a picture
+        that cannot be read, by name.
     """
     checkpoint = open_checkpoint(weights, **known)
     d = checkpoint.description
@@ -54,22 +58,18 @@ def reconstruct_files(
     transform = EvalTransform(size=d.image_size, channels=d.channels)
     pictures = PictureFiles("", files)
     images = np.stack([transform.image(pictures[i]) for i in range(len(files))])  # [B, H, W, C]
-    x = ((images / 255.0 - np.asarray(d.mean)) / np.asarray(d.std)).astype(np.float32)
     keys = jax.random.split(jax.random.key(seed), len(files))
+    compute = jax.jit(functools.partial(reconstruct, model, mean=d.mean, std=d.std))
     sheets = []
     for ratio in ratios:
-        masking = sample_masking("random", keys, d.grid, ratio)
-        output = jax.jit(model.apply)({"params": params}, x, masking)
+        result = compute(params, images, sample_masking("random", keys, d.grid, ratio))
         sheets.append(
             reconstruction_grid(
                 images,
-                np.asarray(output.predictions),
-                np.asarray(masking.mask),
-                patch_size=d.patch_size,
+                **jax.device_get(result),
+                names=[pathlib.Path(file).name for file in files],
+                title=checkpoint.source,
                 target=d.target,
-                mean=d.mean,
-                std=d.std,
-                columns=(COLUMNS[0], f"masked {100 * ratio:g} %", *COLUMNS[2:]),
             )
         )
     return np.concatenate(sheets)

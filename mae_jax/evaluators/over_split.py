@@ -20,6 +20,7 @@ from mae_jax import UserError
 from mae_jax.data.record import Record, Source
 from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.storage.files import complete_or_absent
+from mae_jax.storage.processes import in_every_process
 
 Batch = Mapping[str, np.ndarray]
 Results = dict[str, np.ndarray]
@@ -222,6 +223,9 @@ class Parts:
                 write()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"parts of {label}")
+        in_every_process(self._read_all)
+
+    def _read_all(self) -> None:
         self._read()
         if (self._rows < 0).any():
             raise UserError(f"{self._folder}: its files are gone, or not seen by every process")

@@ -2,125 +2,194 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-from mae_jax.models.targets import patchify, to_pixels, unpatchify
-
-COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 GREY = 128
 MIN_SIDE = 112  # pixels: small images are enlarged so that people can see them
-GAP = 4
-HEADER = 18
+GAP = 6
+FONT = ImageFont.load_default(13)
+LINE = 18  # pixels a line of text takes
+BLACK, FAINT, GREEN, RED = "black", "dimgrey", "darkgreen", "firebrick"
+
+Line = tuple[str, str]  # text and colour
+
+# What a reader of a picture must know of the target.
+TARGET_NOTES = {
+    "norm_pixel": (
+        "The model predicts each patch normalised: the hidden patches shown take brightness and "
+        "contrast from the original."
+    )
+}
 
 
 def reconstruction_grid(
     images: np.ndarray,
-    predictions: np.ndarray,
+    pixels: np.ndarray,
     mask: np.ndarray,
+    loss: np.ndarray,
     *,
-    patch_size: int,
+    names: Sequence[str],
+    title: str,
     target: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    columns: tuple[str, ...] = COLUMNS,
 ) -> np.ndarray:
-    """Four pictures a row, see `COLUMNS`, for every image.
+    """For every image the original, what the model sees, what it predicts, and both together.
 
     Args:
       images: [B, H, W, C] uint8. Of other channel counts than 1 and 3 the first three are shown.
-      predictions: [B, L, p*p*C], the decoder's output in the space of `target`.
-      mask: [B, L], 1 = removed.
-      mean, std: channel statistics the model's input is normalised with.
-      columns: what is written above the four pictures.
+      pixels, mask, loss: of `models.reconstruct.reconstruct`.
+      names: [B], shown with the loss of each image.
+      title: shown above, with the mean loss.
+      target: what the model predicts, of `models.targets.TARGETS`.
 
     Returns:
       [height, width, 3] uint8.
     """
-    _, height, width, channels = images.shape
-    mean_array, std_array = np.asarray(mean), np.asarray(std)
-    normalised = (images / 255.0 - mean_array) / std_array
-    patches = patchify(jnp.asarray(normalised, jnp.float32), patch_size)  # [B, L, p*p*C]
-    pixels = to_pixels(target, jnp.asarray(predictions), patches)
-    pixels = np.asarray(unpatchify(pixels, patch_size, (height, width)))  # [B, H, W, C]
-    reconstruction = np.clip((pixels * std_array + mean_array) * 255, 0, 255).round()
+    batch, height, width, _ = images.shape
+    side = round((height * width / mask.shape[1]) ** 0.5)  # of a patch
+    removed = mask.reshape(batch, height // side, width // side)
+    removed = removed.repeat(side, axis=1).repeat(side, axis=2)[..., None] > 0  # [B, H, W, 1]
+    masked = np.where(removed, np.uint8(GREY), images)
+    predicted = np.where(removed, pixels, np.uint8(GREY))
+    return _sheet(
+        np.stack([images, masked, predicted, pixels], axis=1),
+        [
+            [[(f"{_short(name)}   loss {value:.4f}", BLACK)]]
+            for name, value in zip(names, loss, strict=True)
+        ],
+        title=f"{title}   mean loss {loss.mean():.4f}",
+        note=TARGET_NOTES.get(target, ""),
+        columns=("original", f"{mask.mean():.0%} masked", "predicted patches", "predicted + visible"),
+    )
 
-    removed = np.repeat(np.asarray(mask)[:, :, None], patch_size**2 * channels, axis=2)
-    removed = np.asarray(unpatchify(jnp.asarray(removed), patch_size, (height, width)))
-    masked = np.where(removed > 0, GREY, images)
-    pasted = np.where(removed > 0, reconstruction, images)
-    rows = np.stack([images, masked, reconstruction, pasted], axis=1)  # [B, 4, H, W, C]
-    return _sheet(_as_rgb(rows.astype(np.uint8)), columns)
 
-
-def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
+def image_grid(images: np.ndarray, title: str, columns: int = 8) -> np.ndarray:
     """Images [B, H, W, C] uint8 side by side, `columns` in a row: [height, width, 3] uint8."""
-    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-    blank = np.full_like(rows[-1][:1], 255)
-    missing = min(columns, len(images)) - len(rows[-1])
-    rows[-1] = np.concatenate([rows[-1], *[blank] * missing])
-    return _sheet(_as_rgb(np.stack(rows)), ("",) * rows[0].shape[0])
+    return _sheet(*_in_rows(images, [[]] * len(images), columns), title=title)
 
 
 def prediction_grid(
     images: np.ndarray,
     labels: np.ndarray,
     probabilities: np.ndarray,
+    *,
+    names: Sequence[str],
     class_names: Sequence[str] | None,
+    title: str,
     columns: int = 4,
 ) -> np.ndarray:
     """Images with their class and the one a classifier takes them for, green where it is right.
 
     Args:
-      images: [B, H, W, C] uint8, with labels [B].
+      images: [B, H, W, C] uint8, with labels [B] and names [B].
       probabilities: [B, K].
       class_names: K names; None shows numbers.
+      title: shown above, with how many are right.
 
     Returns:
       [height, width, 3] uint8.
     """
-    side = max(images.shape[1:3])
-    zoom = max(1, -(-2 * MIN_SIDE // side))
-    pictures = _as_rgb(images).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    height, width = pictures.shape[1:3]
-    cell_h, cell_w = height + 2 * HEADER + GAP, width + GAP
-    rows = -(-len(images) // columns)
+    classes = class_names or [str(k) for k in range(probabilities.shape[1])]
+    best = probabilities.argmax(axis=1)  # [B]
+    lines = [
+        [
+            (_short(name), FAINT),
+            (f"is {classes[label]}", BLACK),
+            (f"taken for {classes[k]} ({scores[k]:.0%})", GREEN if k == label else RED),
+        ]
+        for name, label, k, scores in zip(names, labels, best, probabilities, strict=True)
+    ]
+    title = f"{title}   {(best == labels).sum()} of {len(labels)} right"
+    pictures, lines = _in_rows(images, lines, columns)
+    return _sheet(pictures, lines, title=title, min_side=2 * MIN_SIDE)
+
+
+def _short(name: str) -> str:
+    """A record's name without the folders a file lies in."""
+    start, bracket, path = name.rpartition("(")
+    return start.rpartition("/")[2] + bracket + path.rpartition("/")[2]
+
+
+def _in_rows(
+    images: np.ndarray, lines: list[list[Line]], columns: int
+) -> tuple[np.ndarray, list[list[list[Line]]]]:
+    """Images as [R, K, H, W, C], white where the last row is not full, and their lines."""
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * cell_w + GAP, rows * cell_h + GAP), "white")
+    missing = -len(images) % columns
+    white = np.full((missing, *images.shape[1:]), 255, np.uint8)
+    pictures = np.concatenate([images, white]).reshape(-1, columns, *images.shape[1:])
+    lines = lines + [[]] * missing
+    return pictures, [lines[start : start + columns] for start in range(0, len(lines), columns)]
+
+
+def _sheet(
+    pictures: np.ndarray,
+    lines: list[list[list[Line]]],
+    *,
+    title: str,
+    note: str = "",
+    columns: Sequence[str] = (),
+    min_side: int = MIN_SIDE,
+) -> np.ndarray:
+    """Lays out pictures with text.
+
+    Args:
+      pictures: [R, K, H, W, C] uint8.
+      lines: [R][K] lists of lines, below each picture; [R][1], as wide as the row, below each row.
+      columns: K headings, or none.
+
+    Returns:
+      [height, width, 3] uint8.
+    """
+    count, across, height, width, channels = pictures.shape
+    zoom = max(1, -(-min_side // max(height, width)))
+    rgb = pictures if channels == 3 else pictures[..., np.arange(3) % min(channels, 3)]
+    rgb = rgb.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    height, width = height * zoom, width * zoom
+    whole = across * (width + GAP) - GAP
+    header = [(text, BLACK) for text in _wrapped(title, whole)]
+    header += [(text, FAINT) for text in _wrapped(note, whole)]
+    below = max(len(cell) for row in lines for cell in row) * LINE
+    row_height = height + below + GAP
+    top = GAP + len(header) * LINE + (LINE if columns else 0) + (GAP if header else 0)
+    sheet = Image.new("RGB", (whole + 2 * GAP, top + count * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    name = [str(k) for k in range(probabilities.shape[1])] if class_names is None else class_names
-    for i, (picture, label, scores) in enumerate(zip(pictures, labels, probabilities, strict=True)):
-        left, top = GAP + i % columns * cell_w, GAP + i // columns * cell_h
-        best = int(scores.argmax())
-        sheet.paste(Image.fromarray(picture), (left, top))
-        draw.text((left, top + height + 2), f"is {name[label]}", fill="black")
-        text = f"taken for {name[best]} ({scores[best]:.0%})"
-        colour = "darkgreen" if best == label else "firebrick"
-        draw.text((left, top + height + HEADER), text, fill=colour)
+
+    def write(texts: Sequence[Line], left: int, y: int, room: int) -> None:
+        for number, (text, colour) in enumerate(texts):
+            draw.text((left, y + number * LINE), _fitting(text, room), fill=colour, font=FONT)
+
+    write(header, GAP, GAP, whole)
+    for column, heading in enumerate(columns):
+        left = GAP + column * (width + GAP)
+        write([(heading, BLACK)], left, top - LINE, width)
+    for row in range(count):
+        y = top + row * row_height
+        for column in range(across):
+            left = GAP + column * (width + GAP)
+            sheet.paste(Image.fromarray(np.ascontiguousarray(rgb[row, column])), (left, y))
+            if len(lines[row]) == across:
+                write(lines[row][column], left, y + height, width)
+        if len(lines[row]) == 1 < across:
+            write(lines[row][0], GAP, y + height, whole)
     return np.asarray(sheet)
 
 
-def _as_rgb(rows: np.ndarray) -> np.ndarray:
-    channels = rows.shape[-1]
-    if channels == 1:
-        return np.repeat(rows, 3, axis=-1)
-    if channels == 2:
-        return np.concatenate([rows, rows[..., :1]], axis=-1)
-    return rows[..., :3]
+def _wrapped(text: str, room: int) -> list[str]:
+    """Lines of at most `room` pixels."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        if lines and FONT.getlength(f"{lines[-1]} {word}") <= room:
+            lines[-1] += f" {word}"
+        elif text:
+            lines.append(word)
+    return lines
 
 
-def _sheet(rows: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-    """Lays out [B, 4, H, W, 3] with the names of the columns above."""
-    count, columns, height, width, _ = rows.shape
-    zoom = max(1, -(-MIN_SIDE // max(height, width)))
-    rows = rows.repeat(zoom, axis=2).repeat(zoom, axis=3)
-    cell_h, cell_w = height * zoom + GAP, width * zoom + GAP
-    sheet = Image.new("RGB", (columns * cell_w + GAP, HEADER + count * cell_h + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(names):
-        draw.text((GAP + column * cell_w, 3), name, fill="black")
-        for row in range(count):
-            corner = (GAP + column * cell_w, HEADER + row * cell_h)
-            sheet.paste(Image.fromarray(rows[row, column]), corner)
-    return np.asarray(sheet)
+def _fitting(text: str, room: int) -> str:
+    """The text, without its middle where it is longer than `room` pixels."""
+    short, kept = text, len(text)
+    while kept > 2 and FONT.getlength(short) > room:
+        kept -= 1
+        short = f"{text[: kept // 2]}…{text[kept // 2 - kept :]}"
+    return short

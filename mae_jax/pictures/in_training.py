@@ -1,95 +1,93 @@
 """Pictures a run leaves in its workdir."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mae_jax.augment.pixels import denormalize
+from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import global_batch, local_positions, replicate, replicated
 from mae_jax.pictures import grids
 from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState
 
 
-class Reconstructions:
-    """Draws what a masked autoencoder makes of a few fixed images.
+class Drawing:
+    """Draws what a function of the state makes of a few fixed images.
 
     Args:
-      task: `Pretrain`.
-      images: [B, H, W, C] uint8.
-      directory: receives `step_NNNNNNNN.png`.
-    """
-
-    def __init__(self, task: Any, images: np.ndarray, directory: pathlib.Path):
-        self._task = task
-        self._images = images
-        self._directory = directory
-        self._reconstruct = jax.jit(task.reconstruct, out_shardings=replicated(task.mesh))
-
-    def __call__(self, step: int, state: TrainState) -> None:
-        """Writes the picture of `step`."""
-        predictions, mask = self._reconstruct(state, replicate(self._images, self._task.mesh))
-        if jax.process_index() != 0:
-            return
-        sheet = grids.reconstruction_grid(
-            self._images,
-            np.asarray(predictions),
-            np.asarray(mask),
-            patch_size=self._task.encoder.patch_size,
-            target=self._task.model.target,
-            mean=self._task.mean,
-            std=self._task.std,
-        )
-        write_png(self._directory / f"step_{step:08d}.png", sheet)
-
-
-class Predictions:
-    """Draws a few fixed images with what a classifier takes them for.
-
-    Args:
-      task: `Finetune`.
-      images: [B, H, W, C] uint8, with labels [B].
-      class_names: of the data set; None shows numbers.
+      function: (state, images [B, H, W, C] uint8) -> arrays.
+      draw: (title, the arrays on the host) -> picture [height, width, 3] uint8.
       directory: receives `step_NNNNNNNN.png`.
     """
 
     def __init__(
         self,
-        task: Any,
+        function: Callable[[TrainState, jax.Array], Any],
         images: np.ndarray,
-        labels: np.ndarray,
-        class_names: Sequence[str] | None,
+        draw: Callable[[str, Any], np.ndarray],
         directory: pathlib.Path,
+        mesh: Mesh,
     ):
-        self._mesh = task.mesh
-        self._images = images
-        self._labels = labels
-        self._names = class_names
-        self._directory = directory
-        self._probabilities = jax.jit(task.probabilities, out_shardings=replicated(task.mesh))
+        self._function = jax.jit(function, out_shardings=replicated(mesh))
+        self._images, self._draw, self._directory, self._mesh = images, draw, directory, mesh
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Writes the picture of `step`."""
-        probabilities = self._probabilities(state, replicate(self._images, self._mesh))
-        if jax.process_index() != 0:
-            return
-        sheet = grids.prediction_grid(
-            self._images, self._labels, np.asarray(probabilities), self._names
+        results = self._function(state, replicate(self._images, self._mesh))
+        if jax.process_index() == 0:
+            picture = self._draw(f"step {step:,}", jax.device_get(results))
+            write_png(self._directory / f"step_{step:08d}.png", picture)
+
+
+def draw_reconstructions(task: Any, data: Splits, count: int, directory: pathlib.Path) -> Drawing:
+    """What a masked autoencoder makes of `count` images of the evaluation split.
+
+    Args:
+      task: `Pretrain`.
+    """
+    images, _, names = data.eval_examples(count)
+
+    def draw(title: str, result: dict[str, np.ndarray]) -> np.ndarray:
+        return grids.reconstruction_grid(
+            images, **result, names=names, title=title, target=task.model.target
         )
-        write_png(self._directory / f"step_{step:08d}.png", sheet)
+
+    return Drawing(task.reconstruct, images, draw, directory, task.mesh)
 
 
-def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32) -> None:
+def draw_predictions(task: Any, data: Splits, count: int, directory: pathlib.Path) -> Drawing:
+    """What a classifier takes `count` images of the evaluation split for.
+
+    Args:
+      task: `Finetune`.
+    """
+    images, labels, names = data.eval_examples(count)
+
+    def draw(title: str, probabilities: np.ndarray) -> np.ndarray:
+        return grids.prediction_grid(
+            images,
+            labels,
+            probabilities,
+            names=names,
+            class_names=data.train.class_names,
+            title=title,
+        )
+
+    return Drawing(task.probabilities, images, draw, directory, task.mesh)
+
+
+def draw_augmentations(task: Any, data: Splits, path: pathlib.Path, count: int = 32) -> None:
     """Draws training images as the model sees them: cropped, augmented, erased, mixed.
 
     They are spread over the batch of step 0, so of many mix groups.
 
     Args:
       task: `Finetune`.
-      data: `Splits`.
       path: of the PNG.
     """
     positions = local_positions(task.batch_size, task.mesh)
@@ -105,4 +103,5 @@ def draw_augmentations(task: Any, data: Any, path: pathlib.Path, count: int = 32
 
     images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
     if jax.process_index() == 0:
-        write_png(path, grids.image_grid(np.asarray(images)))
+        title = f"step 0: {len(images)} of {task.batch_size} training images as the model sees them"
+        write_png(path, grids.image_grid(np.asarray(images), title))

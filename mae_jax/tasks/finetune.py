@@ -26,7 +26,7 @@ from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.classifier import Classifier, classification_sums
 from mae_jax.models.vit import drop_path_scale
-from mae_jax.pictures.in_training import Predictions, draw_augmentations
+from mae_jax.pictures.in_training import draw_augmentations, draw_predictions
 from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, create_encoder
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
@@ -197,10 +197,8 @@ class Finetune(Task):
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
     ) -> list[Action]:
         """Pictures of predictions."""
-        images, labels, _ = data.eval_examples(config.pictures.count)
-        names = data.train.class_names
-        predictions = Predictions(self, images, labels, names, workdir / "predictions")
-        return [Action(config.pictures.every, predictions)]
+        pictures = draw_predictions(self, data, config.pictures.count, workdir / "predictions")
+        return [Action(config.pictures.every, pictures)]
 
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the classifier of a host-side `state` for others to load, with a card."""

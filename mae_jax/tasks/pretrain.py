@@ -20,7 +20,8 @@ from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.mae import create_mae
 from mae_jax.models.masking import Masking, sample_masking
-from mae_jax.pictures.in_training import Reconstructions
+from mae_jax.models.reconstruct import reconstruct
+from mae_jax.pictures.in_training import draw_reconstructions
 from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, create_encoder
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
@@ -117,13 +118,11 @@ class Pretrain(Task):
         weight = batch["weight"]
         return {"loss": (output.loss * weight).sum(), "weight": weight.sum()}
 
-    def reconstruct(self, state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predictions [B, L, p*p*C] and masks [B, L] for images [B, H, W, C] uint8."""
-        x = normalize(images, self.mean, self.std)
-        keys = jax.random.split(self.key(EVAL), images.shape[0])
-        masking = self.masks(keys)
-        output = self.model.apply({"params": state.best_params}, x, masking)
-        return output.predictions, masking.mask
+    def reconstruct(self, state: TrainState, images: jax.Array) -> dict[str, jax.Array]:
+        """Images [B, H, W, C] uint8 with removed patches as predicted: see `reconstruct`."""
+        masking = self.masks(jax.random.split(self.key(EVAL), images.shape[0]))
+        params = gather_params(state.best_params, self.mesh, self.encoder.dtype)
+        return reconstruct(self.model, params, images, masking, self.mean, self.std)
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
         """Tokens [B, 1 + L, D] of whole images [B, H, W, C] uint8; nothing is masked."""
@@ -148,8 +147,8 @@ class Pretrain(Task):
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
     ) -> list[Action]:
         """Pictures of reconstructions, and the probe where one is asked for."""
-        images, _, _ = data.eval_examples(config.pictures.count)
-        pictures = Reconstructions(self, images, workdir / "reconstructions")
+        folder = workdir / "reconstructions"
+        pictures = draw_reconstructions(self, data, config.pictures.count, folder)
         actions = [Action(config.pictures.every, pictures)]
         if config.probe.every:
             actions.append(Action(config.probe.every, Probe(config, self, writer)))
