@@ -59,7 +59,10 @@ def reconstruction_grid(
         ],
         title=f"{title}   mean loss {loss.mean():.4f}",
         note=TARGET_NOTES.get(target, ""),
-        columns=("original", f"{mask.mean():.0%} masked", "predicted patches", "predicted + visible"),
+        columns=(
+            *("original", f"{mask.mean():.0%} masked"),
+            *("predicted patches", "predicted + visible"),
+        ),
     )
 
 
