@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
     raise SystemExit(start("train"))
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -34,11 +35,12 @@ from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.load import load_into
 from mae_jax.results import write_results
 from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.storage.files import write_atomically
+from mae_jax.storage.files import complete_or_absent_folder, write_atomically
+from mae_jax.storage.processes import in_every_process, in_process_0, sole_run, tell_all
 from mae_jax.tasks import create_task
 from mae_jax.tasks.base import Task
 from mae_jax.train.loop import Action, train
-from mae_jax.train.metrics import MetricsWriter
+from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
 from mae_jax.train.step import compile_step
@@ -53,112 +55,168 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(arguments.config, arguments.workdir)
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a training is made of; nothing of it has been written yet."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    data: Splits
+    task: Task
+    abstract: TrainState
+
+
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains to the end, or until told to stop."""
     started = time.time()
+    setup = in_every_process(prepare, config, pathlib.Path(workdir))
+    announce(setup)
+    with (
+        sole_run(setup.workdir),
+        Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+    ):
+        state, seconds_before = restore_or_begin(setup, checkpoints)
+        state, steps = train_and_evaluate(setup, state, checkpoints, started - seconds_before)
+        checkpoints.wait()
+        if steps == setup.task.total_steps:
+            finish(setup, state)
+        else:
+            logging.info(
+                "stopped after step %d of %d and saved; the same command continues from there",
+                *(steps, setup.task.total_steps),
+            )
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Opens the data and builds the task.
+
+    Raises:
+      UserError: what is asked for cannot be trained here.
+    """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     data = Splits(config)
     task = create_task(config, len(data.train), data.classes, mesh)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
-    abstract = abstract_state(task.init, mesh)
-    announce(config, mesh, data, task, abstract)
+    return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
-    path = pathlib.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep)
-    restored = checkpoints.restore_newest(abstract, lambda record: check_fits(record, config, data))
-    if restored is None:
-        state, elapsed_before = jax.jit(task.init, out_shardings=shardings_of(abstract))(), 0.0
-        if config.init_from not in ("", "random"):
-            state = start_from(config.init_from, config.init_parts, task, state, mesh)
-    else:
+
+def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, float]:
+    """The state to go on from, and the seconds that it took."""
+    restored = checkpoints.restore_newest(
+        setup.abstract, lambda record: check_fits(record, setup.config, setup.data)
+    )
+    if restored is not None:
         state, record = restored
-        elapsed_before = record["elapsed_seconds"]
+        seconds = record["elapsed_seconds"]
         logging.info("continuing from the checkpoint of step %d", int(state.step))
-    start_step = int(state.step)
-    if jax.process_index() == 0:
-        write_atomically(path / "config.json", config_lib.to_json(config) + "\n")
+    else:
+        checkpoints.begin(traces_of_training(setup.workdir))
+        state = jax.jit(setup.task.init, out_shardings=shardings_of(setup.abstract))()
+        if setup.config.init_from not in ("", "random"):
+            state = start_from(
+                setup.config.init_from, setup.config.init_parts, setup.task, state, setup.mesh
+            )
+        seconds = 0.0
+    config = config_lib.to_json(setup.config) + "\n"
+    in_process_0(write_atomically, setup.workdir / "config.json", config)
+    return state, seconds
+
+
+def traces_of_training(workdir: pathlib.Path) -> list[str]:
+    """What in a workdir, beside checkpoints, tells of steps that were made, in words."""
+    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
+    traces = [f"metrics.jsonl up to step {max(steps)}"] if steps else []
+    return traces + [name for name in ("export", "results.json") if (workdir / name).exists()]
+
+
+def train_and_evaluate(
+    setup: Setup, state: TrainState, checkpoints: Checkpoints, started: float
+) -> tuple[TrainState, int]:
+    """Trains from where `state` is, evaluating and saving; the state and the number of steps."""
+    config, data, task, mesh = setup.config, setup.data, setup.task, setup.mesh
+    start_step, total_steps = int(state.step), setup.task.total_steps
+    stop_signal = startup.StopSignal()
 
     def save(step: int, state: TrainState) -> None:
         record = {
             "config": config.to_dict(),
             "seed": config.seed,
             "data": {"examples": len(data.train), "position": step * config.batch_size},
-            "elapsed_seconds": elapsed_before + time.time() - started,
+            "elapsed_seconds": time.time() - started,
             "version": mae_jax.__version__,
         }
         checkpoints.save(step, state, record)
 
-    writer = MetricsWriter(path, start_step)
-    positions = mesh_lib.local_positions(config.batch_size, mesh)
-    stop_signal = startup.StopSignal()
-    stopped_at = start_step
-    try:
-        inputs = task.inputs(data, state, path)
-        shardings = shardings_of(abstract)
+    with MetricsWriter(setup.workdir, start_step) as writer:
+        inputs = task.inputs(data, state, setup.workdir)
         evaluate = Evaluation(
-            task, inputs, mesh, writer, shardings, max_batches=config.eval.batches
+            *(task, inputs, mesh, writer, shardings_of(setup.abstract)),
+            max_batches=config.eval.batches,
         )
-        if start_step < task.total_steps:
-            if start_step == 0:
-                task.draw_inputs(data, path)
-            actions = task.actions(config, data, writer, path)
-            with inputs.train_batches(positions, start_step, task.total_steps) as host_batches:
-                state, stopped_at = train(
-                    compile_step(task, abstract),
-                    state,
-                    device_batches(
-                        host_batches, task.batch_schema, positions, config.batch_size, mesh
-                    ),
-                    metric_names=task.metric_names,
-                    place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
-                    start_step=start_step,
-                    total_steps=task.total_steps,
-                    log_every=config.log_every,
-                    report=Reporter(task, mesh, writer, len(data.train), host_batches),
-                    actions=[
-                        Action(config.eval.every, evaluate),
-                        *actions,
-                        Action(config.checkpoint.every, save),  # last: then all of it is done
-                    ],
-                    stop_requested=stop_signal,
-                    on_stop=save,
-                )
-    finally:
-        writer.close()
-        checkpoints.close()  # whatever ended the run, a save under way is completed
-    if stopped_at < task.total_steps:
-        logging.info(
-            "stopped after step %d of %d and saved; the same command continues from there",
-            stopped_at,
-            task.total_steps,
-        )
-        return
-    state = mesh_lib.to_host(state.replace(opt_state=None), mesh)
-    if jax.process_index() == 0:
-        facts = {
-            "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
-            "steps": task.total_steps,
-            "batch size": config.batch_size,
-            "epochs": f"{task.total_steps * config.batch_size / len(data.train):.1f}",
-            "compute type": config.compute_dtype,
-            "started from": config.init_from or "random weights",
-            "weights": "moving average" if state.ema is not None else "of the last step",
-            "trained with": f"mae_jax {mae_jax.__version__}",
-        }
-        task.export(state, path / "export", facts)
+        if start_step == total_steps:
+            missing = evaluation_at(setup.workdir, total_steps) is None
+            if tell_all(str(missing))[0] == "True":  # whoever lost the metrics, all evaluate
+                evaluate(total_steps, state)
+            return state, total_steps
+        if start_step == 0:
+            task.draw_inputs(data, setup.workdir)
+        actions = [
+            Action(config.eval.every, evaluate),
+            *task.actions(config, data, writer, setup.workdir),
+            Action(config.checkpoint.every, save),  # last: then all of it is done
+        ]
+        positions = mesh_lib.local_positions(config.batch_size, mesh)
+        with inputs.train_batches(positions, start_step, total_steps) as host_batches:
+            return train(
+                compile_step(task, setup.abstract),
+                state,
+                device_batches(host_batches, task.batch_schema, positions, config.batch_size, mesh),
+                metric_names=task.metric_names,
+                place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
+                start_step=start_step,
+                total_steps=total_steps,
+                log_every=config.log_every,
+                report=Reporter(task, mesh, writer, len(data.train), host_batches),
+                actions=actions,
+                stop_requested=stop_signal,
+                on_stop=save,
+            )
+
+
+def finish(setup: Setup, state: TrainState) -> None:
+    """Writes the model of the last step and, of a classifier, its results."""
+    config, data, steps = setup.config, setup.data, setup.task.total_steps
+    state = mesh_lib.to_host(state.replace(opt_state=None), setup.mesh)
+    facts = {
+        "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
+        "steps": steps,
+        "batch size": config.batch_size,
+        "epochs": f"{steps * config.batch_size / len(data.train):.1f}",
+        "compute type": config.compute_dtype,
+        "started from": config.init_from or "random weights",
+        "weights": "moving average" if state.ema is not None else "of the last step",
+        "trained with": f"mae_jax {mae_jax.__version__}",
+    }
+
+    def write() -> None:
+        with complete_or_absent_folder(setup.workdir / "export") as folder:
+            setup.task.export(state, folder, facts)
         if data.classes is not None:
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
             results = write_results(
-                path,
+                setup.workdir,
                 config,
                 train_examples=len(data.train),
-                steps=task.total_steps,
-                parameters=sum(leaf.size for leaf in jax.tree.leaves(state.weights)),
+                steps=steps,
+                parameters=parameters,
             )
             logging.info("results.json:\n%s\n%s", results["markdown_header"], results["markdown"])
-    logging.info("done: %d steps. Model, pictures and metrics are in %s", stopped_at, path)
+
+    in_process_0(write)
+    logging.info("done: %d steps. Model, pictures and metrics are in %s", steps, setup.workdir)
 
 
 def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mesh) -> TrainState:
@@ -168,7 +226,8 @@ def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mes
       ValueError: weights that cannot be read, or would do silent harm.
     """
     fresh = mesh_lib.to_host(state.weights, mesh)
-    weights, report = load_into(fresh, source, task.description, parts=parts)
+    load = functools.partial(load_into, fresh, source, task.description, parts=parts)
+    weights, report = in_every_process(load)
     logging.info("%s", report)
     return state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))
 
@@ -192,14 +251,15 @@ def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None
         )
 
 
-def announce(
-    config: ConfigDict,
-    mesh: Mesh,
-    data: Splits,
-    task: Task,
-    abstract: Any,
-) -> None:
+def announce(setup: Setup) -> None:
     """Logs what is about to run: parameters, mesh, data, length."""
+    config, mesh, data, task, abstract = (
+        setup.config,
+        setup.mesh,
+        setup.data,
+        setup.task,
+        setup.abstract,
+    )
     logging.info(
         "parameters:\n%s",
         parameter_overview.get_parameter_overview(

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from mae_jax import UserError, cli
 from mae_jax.config import FREE_FIELDS, flatten, image_size
 from mae_jax.storage.files import read_json, write_atomically
-from mae_jax.train.metrics import read_metrics
+from mae_jax.train.metrics import evaluation_at, read_metrics
 
 COLUMNS = (
     "task",
@@ -69,11 +69,10 @@ def write_results(
       ValueError: no evaluation of the last step in the metrics.
     """
     path = pathlib.Path(workdir)
+    final = evaluation_at(path, steps)
+    if final is None:
+        raise ValueError(f"{path / 'metrics.jsonl'} has no evaluation of the last step, {steps}")
     lines = read_metrics(path / "metrics.jsonl")
-    evaluations = [line for line in lines if line["step"] == steps and "eval/top1" in line]
-    if not evaluations:
-        raise ValueError(f"{path / 'metrics.jsonl'} has no eval/top1 of the last step, {steps}")
-    final = evaluations[-1]
     rates = [line.get("train/images_per_second") for line in lines]
     rates = [rate for rate in rates if rate is not None]
     model = config.model

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,58 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(undisturbed, tmp_
     expected, found = exported(undisturbed), exported(tmp_path)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(tensor, found[name], err_msg=name)
+
+
+def damage_checkpoints(workdir):
+    for step in (workdir / "checkpoints").iterdir():
+        (step / "record" / "metadata").write_text("{")
+
+
+def test_a_run_that_lost_its_checkpoints_never_starts_over(undisturbed, tmp_path):
+    """However often it is tried, whatever befell them, and nothing is erased."""
+    metrics = (undisturbed / "metrics.jsonl").read_text()
+    for fate in (damage_checkpoints, lambda workdir: shutil.rmtree(workdir / "checkpoints")):
+        workdir = tmp_path / fate.__name__
+        shutil.copytree(undisturbed, workdir)
+        fate(workdir)
+        for _ in range(2):
+            refused = run(workdir)
+            assert refused.returncode == 2
+            assert "--workdir" in refused.stderr.splitlines()[-1]
+            assert (workdir / "metrics.jsonl").read_text() == metrics
+    assert "metrics.jsonl up to step 12, export" in refused.stderr
+    # As version 0.1 left it.
+    workdir = tmp_path / "damage_checkpoints"
+    for step in (4, 8, 12):
+        (workdir / "checkpoints" / f"{step}").rename(workdir / "checkpoints" / f"damaged-{step}")
+    assert "damaged-12, damaged-4" in run(workdir).stderr
+    assert (workdir / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(undisturbed, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "no-checkpoint-yet").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 7.0}\n')
+    assert run(tmp_path).returncode == 0
+    assert_same_run(tmp_path, undisturbed)
+    assert not (tmp_path / "checkpoints" / "no-checkpoint-yet").exists()
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
+    first = subprocess.Popen(
+        command(tmp_path, steps=100000),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    next(line for line in first.stderr if " step 1/" in line)
+    second = run(tmp_path, steps=100000)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert f"another run trains here (process {first.pid} on " in second.stderr
+    assert "choose another --workdir" in second.stderr
 
 
 def test_a_finished_run_started_again_trains_no_further(undisturbed):

@@ -21,7 +21,7 @@ from absl import logging
 
 from mae_jax import UserError
 from mae_jax.storage.files import PathLike, explain_failure, write_atomically
-from mae_jax.storage.processes import first_line, in_every_process, tell_all
+from mae_jax.storage.processes import first_line, in_every_process, in_process_0, tell_all
 
 # There from the start of a run until its first checkpoint is complete: only then may a run that
 # finds no checkpoint begin at step 0.
@@ -88,10 +88,13 @@ class Checkpoint:
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    if not directory.is_dir():
+    """Steps of the complete checkpoints in a folder, ascending; none where there is no folder."""
+    try:
+        return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    except FileNotFoundError:
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error})") from error
 
 
 def read_newest(
@@ -177,11 +180,10 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save in progress is complete; raises UserError if it failed."""
-        if self._newest is None:
-            return
-        with self._explain_failure(None):
-            self._manager.wait_until_finished()
-        self._forget_none_yet()
+        if "_manager" in self.__dict__:
+            with self._explain_failure(None):
+                self._manager.wait_until_finished()
+            self._forget_none_yet()
 
     def close(self) -> None:
         """Waits for the save in progress and releases the directory."""
@@ -233,8 +235,8 @@ class Checkpoints:
                 damaged[step] = str(error)
                 continue
             for other in damaged:
-                in_every_process(self._set_aside, other)
-            in_every_process(self._forget_none_yet)
+                in_process_0(self._set_aside, other)
+            self._forget_none_yet()
             self._newest = step
             return state, record
         if damaged:
@@ -265,12 +267,12 @@ class Checkpoints:
                     "a checkpoint back, choose a new --workdir, or move these away to begin at "
                     "step 0"
                 )
-            if jax.process_index() == 0:
-                write_atomically(marker, "")
+            write_atomically(marker, "")
 
-        in_every_process(note)
+        in_process_0(note)
 
     def _forget_none_yet(self) -> None:
+        # On its own: after an error other processes may not come this way.
         if jax.process_index() == 0:
             with explain_failure(self.directory):
                 (self.directory / _NONE_YET).unlink(missing_ok=True)
@@ -306,8 +308,6 @@ class Checkpoints:
         return state, checkpoint.record
 
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() != 0:
-            return
         target, number = self.directory / f"damaged-{step}", 1
         while target.exists():
             number += 1

@@ -43,6 +43,11 @@ def in_every_process(function: Callable[..., T], *args: object) -> T:
     return result
 
 
+def in_process_0(function: Callable[..., T], *args: object) -> T | None:
+    """`function(*args)` in process 0 alone; what it raises is raised in every process."""
+    return in_every_process(function if jax.process_index() == 0 else lambda *_: None, *args)
+
+
 def tell_all(text: str) -> list[str]:
     """The texts of all processes, by their number, in every process."""
     if jax.process_count() == 1:
@@ -71,7 +76,7 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: in every process, if another run holds it; it names host and process.
     """
-    file = in_every_process(_lock, workdir / "lock")
+    file = in_process_0(_lock, workdir / "lock")
     try:
         yield
     finally:
@@ -80,9 +85,7 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _lock(path: pathlib.Path) -> int | None:
-    """An open file that holds the lock; None where there are no locks, and in other processes."""
-    if jax.process_index() != 0:
-        return None
+    """An open file that holds the lock; None where there are no locks."""
     with explain_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

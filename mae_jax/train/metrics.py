@@ -73,3 +73,9 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
     return lines
+
+
+def evaluation_at(workdir: str | pathlib.Path, step: int) -> dict | None:
+    """The newest line of an evaluation after `step` steps."""
+    lines = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+    return next((x for x in reversed(lines) if x["step"] == step and "eval/examples" in x), None)

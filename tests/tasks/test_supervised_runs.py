@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -92,6 +93,20 @@ def test_the_exported_classifier_scores_what_the_run_scored(finetuned):
     assert scores["examples"] == results["examples"]
     assert scores["top1"] == pytest.approx(results["top1"], abs=1e-9)
     assert scores["loss"] == pytest.approx(results["loss"], rel=1e-4)
+
+
+def test_a_finished_run_that_lost_its_metrics_is_evaluated_again(finetuned, pretrained, tmp_path):
+    shutil.copytree(finetuned, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "results.json").unlink()
+    fields = {"augment__mix_group": 4, "optim__ema": 0.5, "pictures__every": 12}
+    result = run(tmp_path / "run", config="configs/finetune.py", init_from=pretrained, **fields)
+    assert result.returncode == 0, result.stderr
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    before = json.loads((finetuned / "results.json").read_text())
+    for name in ("top1", "top5", "loss", "examples"):
+        assert again[name] == pytest.approx(before[name], rel=1e-6)
+    assert again["images_per_second"] is None
 
 
 @pytest.mark.parametrize("recipe", [FINETUNE, PROBE], ids=["finetune", "linear_probe"])
