@@ -16,10 +16,11 @@ from mae_jax import UserError
 from mae_jax.interop.description import METADATA_KEY, Description, expected_shapes, infer
 from mae_jax.interop.export import DESCRIPTION_FILE, ORBAX_FOLDER
 from mae_jax.interop.names import Tensors, from_hugging_face, is_hugging_face
-from mae_jax.interop.orbax_file import read_params, read_workdir
+from mae_jax.interop.orbax_file import read_workdir
 from mae_jax.interop.tensor_files import SUFFIXES, read_tensors
 from mae_jax.interop.weights import Params, from_official, to_official
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO, sincos_position_table
+from mae_jax.storage.checkpoints import read_params
 from mae_jax.storage.files import read_json
 
 # Tensors beside the model that some writers add and nobody here needs.

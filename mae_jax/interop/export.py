@@ -10,9 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mae_jax import UserError
 from mae_jax.interop.card import model_card
@@ -21,6 +19,7 @@ from mae_jax.interop.names import to_hugging_face
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
+from mae_jax.storage.checkpoints import save_params
 from mae_jax.storage.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
@@ -141,11 +140,9 @@ def export_orbax(
     params: Params, directory: str | pathlib.Path, d: Description, facts: Mapping[str, Any]
 ) -> pathlib.Path:
     """Writes the Flax parameters as an Orbax checkpoint in `params/`, described by a JSON file."""
-    directory = pathlib.Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = pathlib.Path(directory)
     path = directory / ORBAX_FOLDER
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
+    save_params(path, params)
     description = d.to_metadata()["mae_jax"]
     write_atomically(directory / DESCRIPTION_FILE, description + "\n")
     card = model_card(

@@ -1,31 +1,21 @@
-"""Parameters out of Orbax checkpoints: our exports, and workdirs."""
+"""Parameters out of the checkpoints of workdirs."""
 
-import json
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mae_jax import UserError
 from mae_jax.interop.description import Description
 from mae_jax.interop.weights import Params
 from mae_jax.models.classifier import probe_params
 from mae_jax.models.vit import VARIANTS
+from mae_jax.storage.checkpoints import read_newest
+from mae_jax.storage.files import read_json_lines
 
-# What is read of a training state (`train.state.TrainState`), in its order: all but the optimizer.
-_STATE_FIELDS = ("step", "params", "ema", "frozen", "statistics")
-
-
-def read_params(path: pathlib.Path) -> Params:
-    """A tree of numpy arrays, whatever devices it was saved from.
-
-    Raises:
-      UserError: `path` cannot be read.
-    """
-    return _read(path, lambda tree: tree)
+# What is read of a training state (`train.state.TrainState`): all but the optimizer.
+_PARTS = ("step", "params", "ema", "frozen", "statistics")
 
 
 def read_workdir(
@@ -38,27 +28,13 @@ def read_workdir(
     norm than the encoder's, so that of a probe on it is left out, and a note says so.
 
     Raises:
-      UserError: no complete checkpoint, or the newest is damaged.
+      UserError: no checkpoint is whole.
     """
-    steps = sorted(
-        (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()),
-        reverse=True,
-    )
-    if not steps:
-        raise UserError(f"{workdir}: no complete checkpoint in its checkpoints/ folder yet")
-    folder = workdir / "checkpoints" / str(steps[0])
-    try:
-        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder.absolute() / "record")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}: its record cannot be read ({error})") from error
-    state = _read(folder / "state", lambda tree: {k: tree[k] for k in _STATE_FIELDS if k in tree})
-    state = dict.fromkeys(_STATE_FIELDS) | state  # older runs have nothing frozen
+    state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
-    _check_fingerprints(state, record["fingerprint"], folder)
     averaged = state["ema"] is not None
     params = state["ema"] if averaged else state["params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
-    notes = []
     if state["statistics"] is not None:
         params = probe_params(params, state["statistics"], config["head"]["pool"])
         params = jax.tree.map(np.asarray, params)
@@ -113,47 +89,11 @@ def _describe(config: dict[str, Any], classes: int) -> Description:
     )
 
 
-def _read(path: pathlib.Path, choose: Any) -> Any:
-    """Restores the chosen part of a tree as numpy arrays."""
-    try:
-        # A checkpointer would look for a file of its own that a part of a step does not have.
-        handler = ocp.PyTreeCheckpointHandler()
-        tree = choose(handler.metadata(path.absolute()).tree)
-        item = jax.tree.map(lambda leaf: 0, tree)
-        arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return handler.restore(
-            path.absolute(),
-            args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
-        )
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not a readable Orbax checkpoint ({first[:200]})") from error
-
-
-def _check_fingerprints(state: dict[str, Any], expected: list[int], folder: pathlib.Path) -> None:
-    """Compares the parameters with the bit sums the run recorded when it saved them.
-
-    The sums are in the order of the state's leaves: step, parameters, optimizer, then the rest.
-    """
-    params = jax.tree.leaves(state["params"])
-    rest = jax.tree.leaves([state[field] for field in _STATE_FIELDS[2:]])
-    recorded = expected[1 : 1 + len(params)] + expected[len(expected) - len(rest) :]
-    for leaf, value in zip(params + rest, recorded, strict=True):
-        bits = np.ascontiguousarray(leaf).view(np.uint32).sum(dtype=np.uint64)
-        if int(bits) % 2**32 != value:
-            raise UserError(
-                f"{folder}: its tensors are not what was saved, the disk has changed them; move "
-                "this folder away to use the checkpoint before it"
-            )
-
-
 def _last_metrics(path: pathlib.Path) -> dict[str, str]:
     """The newest value of every loss and accuracy that the run logged."""
-    if not path.is_file():
-        return {}
     values: dict[str, str] = {}
-    for line in path.read_text().splitlines():
-        for key, value in json.loads(line).items():
+    for line in read_json_lines(path):
+        for key, value in line.items():
             if isinstance(value, float) and key.endswith(("loss", "accuracy", "top1", "top5")):
                 values[f"last {key}"] = f"{value:.4f}"
     return values

@@ -143,3 +143,13 @@ def read_json(path: PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
+
+
+def read_json_lines(path: PathLike) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; without those half-written, none without a file."""
+    path = epath.Path(path)
+    objects = []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a process died here
+            objects.append(json.loads(line))
+    return [x for x in objects if isinstance(x, dict)]

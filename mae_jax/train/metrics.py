@@ -8,7 +8,7 @@ import pathlib
 import jax
 from absl import logging
 
-from mae_jax.storage.files import LineWriter, write_atomically
+from mae_jax.storage.files import LineWriter, read_json_lines, write_atomically
 
 
 class MetricsWriter:
@@ -63,16 +63,7 @@ class MetricsWriter:
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:
     """The complete lines of a metrics file; none where there is no file."""
-    path = pathlib.Path(path)
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # half-written: a process died here
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+    return [line for line in read_json_lines(path) if "step" in line]
 
 
 def evaluation_at(workdir: str | pathlib.Path, step: int) -> dict | None:
