@@ -17,6 +17,7 @@ from typing import Any
 
 from mae_jax import UserError, cli
 from mae_jax.interop import export, serving
+from mae_jax.storage.files import complete_or_absent_folder, unfinished
 
 _EXPORTERS: dict[str, export.Exporter] = {
     "timm": export.export_encoder,
@@ -42,20 +43,24 @@ def run(
       licence: of the weights, for the model card.
 
     Raises:
-      UserError, FileNotFoundError: see `open_checkpoint`; or the format cannot hold the model.
-      FileExistsError: `output` holds something.
+      UserError: see `open_checkpoint`; the format cannot hold the model, `output` holds something,
+        or cannot be written. Then nothing is left there.
     """
     directory = pathlib.Path(output)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not empty and not unfinished(directory):
         raise UserError(f"--output={output}: exists and is not empty; choose another folder")
     checkpoint = cli.open_weights(source, known)
     facts = dict(checkpoint.facts)
     if licence:
         facts["licence"] = licence
-    if format == "stablehlo":
-        return serving.export_stablehlo(checkpoint, directory, facts)
-    exporter = _EXPORTERS[format]
-    return exporter(checkpoint.params(), directory, checkpoint.description, facts)
+    with complete_or_absent_folder(directory) as folder:
+        if format == "stablehlo":
+            path = serving.export_stablehlo(checkpoint, folder, facts)
+        else:
+            exporter = _EXPORTERS[format]
+            path = exporter(checkpoint.params(), folder, checkpoint.description, facts)
+    return directory / path.name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -71,7 +71,7 @@ def write_results(
     path = pathlib.Path(workdir)
     final = evaluation_at(path, steps)
     if final is None:
-        raise ValueError(f"{path / 'metrics.jsonl'} has no evaluation of the last step, {steps}")
+        raise ValueError(f"{path / 'metrics.jsonl'} has no eval/top1 of the last step, {steps}")
     lines = read_metrics(path / "metrics.jsonl")
     rates = [line.get("train/images_per_second") for line in lines]
     rates = [rate for rate in rates if rate is not None]

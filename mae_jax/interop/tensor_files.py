@@ -33,7 +33,10 @@ def save_safetensors(
     """Writes one file, which appears complete or not at all."""
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     with complete_or_absent(path) as temporary:
-        safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
+        try:
+            safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
+        except safetensors.SafetensorError as error:  # so it tells of a full disk
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -330,11 +330,12 @@ def _agree(function: Callable, *args: Any) -> Any:
 def save_params(folder: PathLike, params: Any) -> None:
     """Writes a tree of arrays alone, as Orbax's `StandardCheckpointer` reads it, in float32."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(os.path.abspath(folder), params)
-    except Exception as error:
-        raise UserError(f"{folder}: could not be written ({first_line(error)})") from error
+    with explain_failure(folder):
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(os.path.abspath(folder), params)
+        except Exception as error:  # Orbax and TensorStore raise many types.
+            raise OSError(first_line(error)) from error
 
 
 def read_params(folder: pathlib.Path) -> Any:

@@ -39,7 +39,9 @@ def explain_failure(path: PathLike) -> Iterator[None]:
             remedy = "choose a place that you may write to"
         else:
             remedy = "see that its folder is there and can be written to"
-        raise UserError(f"{path}: could not be written ({error}); {remedy}") from error
+        shown = str(path).replace(f"/{_PARTIAL}", "")
+        reason = error.strerror or error
+        raise UserError(f"{shown}: could not be written ({reason}); {remedy}") from error
 
 
 def write_atomically(path: PathLike, content: bytes | str) -> None:
