@@ -10,6 +10,7 @@ exit status is this program's; SIGTERM and Ctrl-C are passed on, so that the run
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,10 +93,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=4, help="simulated devices a process")
     parser.add_argument("command", nargs="+", help="after --, the command every process runs")
     arguments = parser.parse_args()
+    if min(arguments.processes, arguments.devices) < 1:
+        parser.error("--processes and --devices: at least 1")
+    if shutil.which(arguments.command[0]) is None:
+        parser.error(f"{arguments.command[0]}: no such command")
     return launch(arguments.command, arguments.processes, arguments.devices)
 
 
