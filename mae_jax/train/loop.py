@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tqdm
-from absl import logging
 
 from mae_jax import UserError
+from mae_jax.train.progress import Progress
 from mae_jax.train.state import Metrics, TrainState
 
 
@@ -114,14 +112,14 @@ def train(
     previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None
     totals = place_totals(zero_totals(metric_names))
-    bar = _Progress(start_step, total_steps)
+    bar = Progress(start_step, total_steps)
 
     def flush() -> None:
         nonlocal pending
         if pending is not None:
             finished, step, seconds, waited = pending
             interval = _read(finished, step, seconds, waited)
-            bar.show(report(interval), interval)
+            bar.show(report(interval), step, seconds / interval.steps)
             pending = None
 
     with bar:
@@ -201,41 +199,3 @@ class _Clock:
         lap = now - self._start, self._waited
         self._start, self._waited = now, 0.0
         return lap
-
-
-class _Progress:
-    """A bar with rate and time left on a terminal, plain lines in a log."""
-
-    def __init__(self, start_step: int, total_steps: int):
-        self._total = total_steps
-        first = jax.process_index() == 0
-        self._bar = tqdm.tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            disable=not (first and sys.stderr.isatty()),
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def show(self, line: str, interval: Interval) -> None:
-        if not self._bar.disable:
-            self._bar.set_postfix_str(line)
-            return
-        left = (self._total - interval.step) * interval.seconds / interval.steps
-        logging.info(
-            "step %d/%d  %s  left %s",
-            interval.step,
-            self._total,
-            line,
-            tqdm.tqdm.format_interval(left),
-        )

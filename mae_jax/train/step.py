@@ -9,6 +9,7 @@ from absl import logging
 from mae_jax.distributed.mesh import batch_sharding, replicated
 from mae_jax.distributed.sharding import shardings_of
 from mae_jax.train.loop import add_totals, zero_totals
+from mae_jax.train.progress import with_clock
 from mae_jax.train.state import TrainState
 
 
@@ -18,9 +19,9 @@ def compile_step(task: Any, abstract: Any) -> Any:
     Args:
       abstract: `abstract_state` of the task.
     """
-    lowered = lower_step(task, abstract)
+    logging.info("compiling the step (usually 20 to 60 s) ...")
     start = time.time()
-    compiled = lowered.compile()
+    compiled = with_clock("compiling", lower_step(task, abstract).compile)
     memory = compiled.memory_analysis()
     logging.info(
         "compiled the step in %.0f s%s",
