@@ -55,6 +55,7 @@ def start(command: str, argv: Sequence[str] | None = None) -> int | None:
             raise UserError(f"no command {command}: choose one of {', '.join(COMMANDS)}")
         if command != "plan":  # which needs the TPU's compiler, and sets its own platform
             _skip_absent_tpu()
+        set_up_logging()
         module = importlib.import_module(f"mae_jax.{'main' if command == 'train' else command}")
         return module.main(argv)
     except UserError as error:
@@ -98,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_recipe(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command that runs a recipe; `config` with its overrides. Sets up the log."""
+    """The options of a command that runs a recipe; `config` with its overrides."""
     from mae_jax.config import FIELDS, load_config, override
 
     parser.add_argument(
@@ -123,7 +124,8 @@ def parse_recipe(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespa
             text = next(tokens, "")
         overrides.append((name, text))
     arguments = parser.parse_args(options)
-    set_up_logging(arguments.verbose)
+    if arguments.verbose:
+        logging.set_verbosity(logging.DEBUG)
     arguments.config = load_config(arguments.config)
     for name, text in overrides:
         override(arguments.config, name, text)
@@ -168,15 +170,14 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 # What is printed.
 
 
-class _Handler(python_logging.StreamHandler):
+class _Handler(python_logging.Handler):
     """Writes lines that a progress bar makes room for."""
 
     def emit(self, record: python_logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging(verbose: bool = False) -> None:
+def set_up_logging() -> None:
     """Our own lines with the time, in the first process; other libraries' from warnings up."""
     package = str(pathlib.Path(mae_jax.__file__).parent)
 
@@ -186,7 +187,7 @@ def set_up_logging(verbose: bool = False) -> None:
         ours = record.pathname.startswith(package)
         return record.levelno >= python_logging.WARNING or (ours and jax.process_index() == 0)
 
-    logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
+    logging.set_verbosity(logging.INFO)
     if any(isinstance(handler, _Handler) for handler in python_logging.root.handlers):
         return
     handler = _Handler()

@@ -46,7 +46,7 @@ class Progress:
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
-            unit="step",
+            bar_format="{percentage:3.0f}%|{bar:10}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
             dynamic_ncols=True,
             smoothing=0.1,
             disable=not _on_terminal(),
