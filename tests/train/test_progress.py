@@ -43,7 +43,7 @@ def test_log_lines_stand_above_the_bar(on_terminal):
     terminal = on_terminal()
     with Progress(0, 400) as bar:
         bar.advance()
-        logging.info("step 1: eval loss 1.0")
+        logging.warning("step 1: eval loss 1.0")
         bar.show("loss 1.5342  lr 6.56e-05  51 img/s  data wait 0%", 1, 0.1)
         bar.advance()
         logging.warning("a picture was passed over")
