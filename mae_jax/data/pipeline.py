@@ -7,32 +7,45 @@ starting at 0. Epochs follow each other without a seam: every N consecutive exam
 of N on are all N records once, nothing is dropped, and a batch may be larger than the dataset.
 """
 
+import collections
 import concurrent.futures
 import functools
+import math
+import mmap
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from typing import Any, Protocol, Self
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, ClassVar, NamedTuple, Protocol, Self
 
-import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from grain.experimental import index_shuffle
 
 from mae_jax import UserError
-from mae_jax.data.record import DecodeError, LabelError, Record, Source
+from mae_jax.data.record import ArraySpec, DecodeError, LabelError, Record, Source
 
 CROP_STREAM = 0x63726F70  # "crop": sets the crops' random numbers apart from any other use of seed
-ROWS_PER_TASK = 8  # rows a thread takes at once; a task costs about 30 us, a row 2 ms
+ROWS_PER_TASK = 8  # rows a thread takes at once; a task costs about 30 us, a row 3 ms
+ROWS_PER_WORKER_TASK = 32  # rows a thread of a worker process; a task costs about 200 us
+ALIGNMENT = 64  # bytes, of arrays in shared memory
+SECONDS_AFTER_SIGTERM = 30  # that a worker goes on
 
 
 class Transform(Protocol):
-    """Turns a record into pixels. Picklable; ``shape`` is (H, W, C) of every result."""
+    """Turns a record into arrays. Picklable.
 
-    shape: tuple[int, int, int]
+    ``schema`` names what it makes and says of what shape and type: an image, a second view of it, a
+    label map, a mask. Each becomes an array of the batch. "label", "id" and "weight" are taken.
+    """
 
-    def __call__(self, record: Record, rng: np.random.Generator | None) -> np.ndarray:
-        """Returns uint8 [H, W, C]; raises DecodeError naming the record."""
+    schema: Mapping[str, ArraySpec]
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Mapping[str, np.ndarray]:
+        """Returns an array for each entry of the schema; raises DecodeError naming the record."""
 
 
 def example_index(seed: int, g: int, n: int) -> int:
@@ -52,43 +65,6 @@ def example_rng(seed: int, g: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[(seed << 32 | CROP_STREAM) % 2**64, g]))
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Iterator over batches that can be closed, and that counts what could not be decoded.
-
-    ``skipped``: rows of the batches handed out so far whose record could not be decoded
-    (``bad_records="skip"``), in this process. Close it (or use it in a `with` statement) to end
-    its threads and worker processes.
-    """
-
-    def __init__(self, iterator: "grain.DatasetIterator", builder: "_BatchBuilder"):
-        self._iterator, self._builder = iterator, builder
-        self._reported: set[str] = set()
-        self.skipped = 0
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """Returns the next batch. Raises DecodeError or LabelError if a record stops the run."""
-        batch, errors = next(self._iterator)
-        if batch is None:
-            raise errors
-        self.skipped += len(errors)
-        for error in errors:
-            if error not in self._reported:
-                self._reported.add(error)
-                logging.warning("skipped: %s", error)
-        return batch
-
-    def close(self) -> None:
-        """Ends threads and worker processes; safe to call twice."""
-        self._iterator.close()
-        self._builder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
 def train_batches(
     source: Source,
     transform: Transform,
@@ -98,13 +74,12 @@ def train_batches(
     positions: np.ndarray,
     start_step: int = 0,
     end_step: int | None = None,
-    shuffle: bool = True,
     workers: int = 0,
     threads: int = 0,
     prefetch: int = 2,
     bad_records: str = "stop",
     classes: int | None = None,
-) -> Batches:
+) -> "Batches":
     """Batches of steps ``start_step`` to ``end_step``: this process's rows of the global batch.
 
     Args:
@@ -115,27 +90,20 @@ def train_batches(
       positions: [b], places in the global batch of the rows wanted here, in the order wanted.
       start_step: first step; resuming is starting there.
       end_step: one past the last step; None goes on for ever.
-      shuffle: False takes the records in order.
-      workers: processes that build batches; 0 builds them in threads of this process.
+      workers: processes that fill the rows of batches; 0: threads of this process do.
       threads: threads decoding in each process; 0 for one per CPU (shared among the workers).
-      prefetch: batches made ahead, in all (at least one per worker).
+      prefetch: batches made ahead.
       bad_records: ``stop`` raises DecodeError; ``skip`` takes the next record that can be decoded,
         counts the row in ``Batches.skipped`` and logs the record's name once.
       classes: labels are to lie in [0, classes), or LabelError stops the run; None takes any.
 
     Returns:
-      Iterator of ``{"image": uint8 [b, H, W, C], "label": int32 [b]}``.
-
-    Raises:
-      ValueError: an argument that cannot be right.
+      Iterator of the arrays of ``transform.schema``, each [b, ...], with "label" int32 [b] and
+      "id" int32 [b], the records' indices.
     """
-    if seed < 0 or not 0 <= start_step <= (start_step if end_step is None else end_step):
-        raise ValueError(f"need seed {seed} >= 0 and 0 <= start_step {start_step} <= {end_step=}")
-    builder = _TrainBuilder(source, transform, batch_size, positions, bad_records, classes)
-    builder.seed, builder.shuffle = seed, shuffle
-    # Grain measures its datasets, so "for ever" is a number: more steps than anyone will take.
-    stop = sys.maxsize if end_step is None else end_step
-    return _run(builder, start_step, stop, workers, threads, prefetch)
+    builder = _TrainBuilder(source, transform, batch_size, positions, bad_records, classes, seed)
+    steps = range(start_step, sys.maxsize if end_step is None else end_step)
+    return Batches(builder, steps, workers, threads, prefetch)
 
 
 def eval_batches(
@@ -149,25 +117,28 @@ def eval_batches(
     prefetch: int = 2,
     bad_records: str = "stop",
     classes: int | None = None,
-) -> Batches:
+) -> "Batches":
     """Every record once, in order, in ceil(N / batch_size) batches in every process.
 
-    Rows past the end of the dataset are zeros with label 0 and weight 0. So are rows that cannot be
-    decoded, with ``bad_records="skip"``: no other record takes their place. Called as
+    Rows past the end of the dataset are zeros with weight 0, label 0 and id -1. So are rows that
+    cannot be decoded, with ``bad_records="skip"``: no other record takes their place. Called as
     ``transform(record, None)``. Other arguments as in `train_batches`.
 
     Returns:
-      Iterator of ``{"image": uint8 [b, H, W, C], "label": int32 [b], "weight": float32 [b]}``.
-
-    Raises:
-      ValueError: an argument that cannot be right.
+      Iterator as `train_batches` returns it, with "weight" float32 [b] besides.
     """
     builder = _EvalBuilder(source, transform, batch_size, positions, bad_records, classes)
-    return _run(builder, 0, -(-len(source) // batch_size), workers, threads, prefetch)
+    steps = range(-(-len(source) // batch_size))
+    return Batches(builder, steps, workers, threads, prefetch)
 
 
-class _BatchBuilder:
-    """Builds the batch of one step, its rows shared among threads. Picklable."""
+class _Builder:
+    """Fills rows of batches. Picklable."""
+
+    extra: Mapping[str, ArraySpec] = {
+        "label": ArraySpec((), np.int32),
+        "id": ArraySpec((), np.int32),
+    }
 
     def __init__(
         self,
@@ -177,155 +148,238 @@ class _BatchBuilder:
         positions: np.ndarray,
         bad_records: str,
         classes: int | None,
+        seed: int = 0,
     ):
         positions = np.asarray(positions)
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: needs at least 1")
+            raise UserError(f"batch_size={batch_size}: needs at least 1")
         if positions.ndim != 1 or not np.issubdtype(positions.dtype, np.integer):
             raise ValueError(f"positions must be integers [b], got {positions.dtype}")
         if not len(positions) or positions.min() < 0 or positions.max() >= batch_size:
             raise ValueError(f"positions must lie in [0, batch_size={batch_size}): {positions}")
-        if bad_records not in ("stop", "skip"):
-            raise ValueError(f"data.bad_records={bad_records!r}: choose `stop` or `skip`")
         if not len(source):
             raise UserError(f"{source.name}, split {source.split}, holds no record")
-        self.source, self.transform = source, transform
+        self.source, self.transform, self.seed = source, transform, seed
         self.batch_size, self.positions = batch_size, positions
         self.skip = bad_records == "skip"
         self.classes = classes
-        self.threads = 1
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self.schema = {**transform.schema, **self.extra}
 
-    def __call__(self, step: int) -> tuple[dict[str, np.ndarray] | None, Any]:
-        """The batch, and the messages of the rows that could not be decoded.
-
-        No batch, and the error, when a row stops the run: an error that is raised here would reach
-        the user with Grain's remarks on how it travelled.
-        """
-        # Grain would make an element of every image and copy it into the batch; here a whole batch
-        # is Grain's element and each row is written where it belongs.
-        b = len(self.positions)
-        batch = {
-            "image": np.zeros((b, *self.transform.schema["image"].shape), np.uint8),  # [b, H, W, C]
-            "label": np.zeros(b, np.int32),
-            "weight": np.zeros(b, np.float32),
-        }
-        size = max(1, min(ROWS_PER_TASK, b // (2 * self.threads)))
-        chunks = [range(i, min(i + size, b)) for i in range(0, b, size)]
-        fill = functools.partial(self._fill, batch, int(step))
-        results = map(fill, chunks) if self._pool is None else self._pool.map(fill, chunks)
-        try:
-            errors = [message for messages in results for message in messages]
-        except (DecodeError, LabelError) as e:
-            return None, e
-        return self.finish(batch), errors
-
-    def _fill(self, batch: dict[str, np.ndarray], step: int, rows: range) -> list[str]:
-        errors = []
+    def fill(self, batch: Mapping[str, np.ndarray], step: int, rows: Sequence[int]) -> list[str]:
+        """Writes rows of the batch of a step; returns messages of those that cannot be decoded."""
+        errors: list[str] = []
         for row in rows:
             g = step * self.batch_size + int(self.positions[row])
-            label, weight = self.example(g, batch["image"][row], errors)
-            batch["label"][row], batch["weight"][row] = label, weight
+            for name, value in self.example(g, errors).items():
+                batch[name][row] = value
         return errors
 
-    def label(self, record: Record) -> int:
-        """The record's label; raises LabelError where it is none of the classes."""
+    def example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
+        """The arrays of example ``g``; those left out are zeros."""
+        raise NotImplementedError
+
+    def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """The arrays of a record, with its label and id."""
+        record = self.source[index]
+        arrays = self.transform(record, rng)
         if self.classes is not None and not 0 <= record.label < self.classes:
             raise LabelError(
                 f"{record.name}: label {record.label} lies outside the {self.classes} classes of "
                 f"{self.source.name} (0 to {self.classes - 1}); mend the data set"
             )
-        return record.label
+        return {**arrays, "label": record.label, "id": record.id}
 
-    def open(self) -> None:
-        """Starts the threads; called in the process that builds."""
-        if self.threads > 1:
-            self._pool = concurrent.futures.ThreadPoolExecutor(self.threads, "mae-jax-decode")
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_pool": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self.open()
+    def passed_over(self, error: DecodeError) -> str:
+        """The message of a record that is skipped; raises where none may be."""
+        if not self.skip:
+            raise DecodeError(
+                f"{error}. Mend or remove it, or train without such records: data.bad_records=skip"
+            ) from error
+        return str(error)
 
 
-class _TrainBuilder(_BatchBuilder):
-    seed: int
-    shuffle: bool
-
-    def example(self, g: int, out: np.ndarray, errors: list[str]) -> tuple[int, float]:
-        """Writes example ``g`` into ``out`` [H, W, C]; returns its label and weight."""
+class _TrainBuilder(_Builder):
+    def example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
         n = len(self.source)
-        first = example_index(self.seed, g, n) if self.shuffle else g % n
+        first = example_index(self.seed, g, n)
         for i in range(n):
             try:
-                record = self.source[(first + i) % n]
                 # A substitute is cropped by the numbers of the row it stands in for.
-                out[:] = self.transform(record, example_rng(self.seed, g))["image"]
+                return self.read((first + i) % n, example_rng(self.seed, g))
             except DecodeError as e:
-                if not self.skip:
-                    raise
+                message = self.passed_over(e)
                 if not i:  # what counts is the row, not how many bad records lie side by side
-                    errors.append(str(e))
-                continue
-            return self.label(record), 1.0
+                    errors.append(message)
         raise DecodeError(f"none of the {n} records of {self.source.name} can be decoded")
 
-    def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        del batch["weight"]
+
+class _EvalBuilder(_Builder):
+    extra: ClassVar = {**_Builder.extra, "weight": ArraySpec((), np.float32)}
+
+    def example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
+        if g < len(self.source):
+            try:
+                return {**self.read(g, None), "weight": 1}
+            except DecodeError as e:
+                errors.append(self.passed_over(e))
+        return {"id": -1}
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Iterator over batches that can be closed, and that counts what could not be decoded.
+
+    ``skipped``: rows of the batches handed out so far whose record could not be decoded
+    (``bad_records="skip"``), in this process. Close it (or use it in a `with` statement) to end
+    its threads and worker processes.
+
+    The rows of a batch are filled by many threads, or by worker processes in memory that they share
+    with this one: a batch exists once, and a worker holds no more than the row it works on.
+    """
+
+    def __init__(self, builder: _Builder, steps: range, workers: int, threads: int, prefetch: int):
+        self._builder, self._steps, self._prefetch = builder, iter(steps), prefetch
+        self._shared = workers > 0
+        threads = threads or max(1, _cpus() // max(1, workers))
+        rows = len(builder.positions)
+        if self._shared:
+            self._task = max(1, min(ROWS_PER_WORKER_TASK * threads, rows // workers))
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                multiprocessing.get_context("spawn"),  # a fork would take JAX's threads along
+                initializer=_start_worker,
+                initargs=(builder, threads),
+            )
+        else:
+            self._task = max(1, min(ROWS_PER_TASK, rows // (2 * threads)))
+            self._executor = concurrent.futures.ThreadPoolExecutor(threads, "mae-jax-decode")
+        self._pending: collections.deque[_Pending] = collections.deque()
+        self._reported: set[str] = set()
+        self.skipped = 0
+        self._start_ahead()
+
+    def _start_ahead(self) -> None:
+        """Hands the rows of the next batches to threads or workers."""
+        rows = len(self._builder.positions)
+        tasks = [range(i, min(i + self._task, rows)) for i in range(0, rows, self._task)]
+        while len(self._pending) <= self._prefetch:
+            step = next(self._steps, None)
+            if step is None:
+                return
+            file = None
+            if self._shared:
+                file, path = _shared_file(_shared_size(self._builder.schema, rows))
+                batch = _shared_arrays(self._builder.schema, rows, file)
+                fill = functools.partial(_fill_in_worker, path)
+            else:
+                schema = self._builder.schema
+                batch = {k: np.zeros((rows, *s.shape), s.dtype) for k, s in schema.items()}
+                fill = functools.partial(self._builder.fill, batch)
+            futures = [self._executor.submit(fill, step, task) for task in tasks]
+            self._pending.append(_Pending(batch, futures, file))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """Returns the next batch. Raises DecodeError or LabelError if a record stops the run."""
+        self._start_ahead()
+        if not self._pending:
+            raise StopIteration
+        batch, futures, file = self._pending.popleft()
+        errors = [message for future in futures for message in future.result()]
+        if file is not None:
+            file.close()  # the memory stays for as long as the arrays
+        self.skipped += len(errors)
+        for error in errors:
+            if error not in self._reported:
+                self._reported.add(error)
+                logging.warning("skipped: %s", error)
         return batch
 
+    def close(self) -> None:
+        """Ends threads and worker processes; safe to call twice."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        while self._pending:
+            if (file := self._pending.pop().file) is not None:
+                file.close()
 
-class _EvalBuilder(_BatchBuilder):
-    def example(self, g: int, out: np.ndarray, errors: list[str]) -> tuple[int, float]:
-        """Writes record ``g`` into ``out`` [H, W, C]; returns its label and weight."""
-        if g >= len(self.source):
-            return 0, 0.0
-        try:
-            record = self.source[g]
-            out[:] = self.transform(record, None)["image"]
-        except DecodeError as e:
-            if not self.skip:
-                raise
-            errors.append(str(e))
-            return 0, 0.0
-        return self.label(record), 1.0
+    def __enter__(self) -> Self:
+        return self
 
-    def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return batch
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
-def _run(
-    builder: _BatchBuilder, start: int, stop: int, workers: int, threads: int, prefetch: int
-) -> Batches:
-    if workers < 0 or threads < 0 or prefetch < 1:
-        raise ValueError(
-            f"data.workers={workers}, data.threads={threads}, data.prefetch={prefetch}: the first "
-            "two must not be negative, the last must be at least 1"
-        )
-    builder.threads = threads or max(1, _cpus() // max(1, workers))
-    dataset = grain.MapDataset.range(start, stop)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a script may have none
-            flags.FLAGS.mark_as_parsed()
-        # The builder travels to the workers, where unpickling starts its threads.
-        dataset = dataset.map(builder)
-        ahead = max(1, prefetch // workers)
-        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-        )
-    else:
-        builder.open()
-        # Two batches under way keep every decoding thread busy while one of them ends.
-        options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
-        dataset = dataset.map(builder).to_iter_dataset(options)
-    return Batches(iter(dataset), builder)
+class _Pending(NamedTuple):
+    batch: dict[str, np.ndarray]
+    futures: list[concurrent.futures.Future]  # of the messages about its rows
+    file: IO[bytes] | None  # its memory, where that is shared
+
+
+def _shared_file(size: int) -> tuple[IO[bytes], str]:
+    """A file in memory that workers open by its path; gone when everybody has closed it.
+
+    Not in /dev/shm, of which a container has 64 MB.
+    """
+    if hasattr(os, "memfd_create"):
+        file = os.fdopen(os.memfd_create("mae_jax-batch"), "r+b")
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    else:  # no Linux: a file on disk
+        file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        path = file.name
+    file.truncate(size)
+    return file, path
+
+
+def _shared_arrays(
+    schema: Mapping[str, ArraySpec], rows: int, file: IO[bytes]
+) -> dict[str, np.ndarray]:
+    """The arrays of a batch, one behind the other in a file; whoever opens it sees the same."""
+    memory = mmap.mmap(file.fileno(), 0)
+    batch, offset = {}, 0
+    for name, spec in schema.items():
+        count = rows * math.prod(spec.shape)
+        array = np.frombuffer(memory, spec.dtype, count, offset)
+        batch[name] = array.reshape(rows, *spec.shape)
+        offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+    return batch
+
+
+def _shared_size(schema: Mapping[str, ArraySpec], rows: int) -> int:
+    """Bytes of those arrays, or a few more."""
+    return sum(
+        rows * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize + ALIGNMENT
+        for spec in schema.values()
+    )
+
+
+_in_worker: tuple[_Builder, concurrent.futures.Executor]  # set in worker processes only
+
+
+def _start_worker(builder: _Builder, threads: int) -> None:
+    global _in_worker
+    _in_worker = builder, concurrent.futures.ThreadPoolExecutor(threads)
+    # A job's end is told to all of its processes. The parent, which may have a step to finish and a
+    # checkpoint to write, decides; a worker ends with it, however it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _fill_in_worker(path: str, step: int, rows: Sequence[int]) -> list[str]:
+    builder, threads = _in_worker
+    batch = _open_batch(path, step)
+    messages = threads.map(lambda row: builder.fill(batch, step, [row]), rows)
+    return [message for of_row in messages for message in of_row]
+
+
+@functools.lru_cache(maxsize=1)  # the path of a batch serves again for later ones: by step, too
+def _open_batch(path: str, step: int) -> dict[str, np.ndarray]:
+    builder, _ = _in_worker
+    with open(path, "r+b") as file:
+        return _shared_arrays(builder.schema, len(builder.positions), file)
 
 
 def _cpus() -> int:
