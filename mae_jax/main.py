@@ -39,6 +39,7 @@ from mae_jax.storage.files import complete_or_absent_folder, write_atomically
 from mae_jax.storage.processes import in_every_process, in_process_0, sole_run, tell_all
 from mae_jax.tasks import create_task
 from mae_jax.tasks.base import Task
+from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.report import Reporter
@@ -97,7 +98,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
-    data = Splits(config)
+    data = open_splits(config)
     task = create_task(config, len(data.train), data.classes, mesh)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))

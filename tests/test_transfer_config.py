@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from mae_jax import UserError
 from mae_jax import config as config_lib
 from mae_jax.config import validate
-from mae_jax.data.splits import Splits
+from mae_jax.tasks.inputs import open_splits
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -68,4 +68,4 @@ def test_other_data_than_the_recipe_names_is_refused(tmp_path):
             folder.mkdir(parents=True)
             np.save(folder / "0.npy", np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(UserError, match=r"head\.classes = 1010, but folder has 2 classes"):
-        Splits(config)
+        open_splits(config)

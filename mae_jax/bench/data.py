@@ -23,8 +23,8 @@ from mae_jax import UserError
 from mae_jax.config import validate
 from mae_jax.data.pipeline import example_index, example_rng, train_batches
 from mae_jax.data.sources import Record, Source
-from mae_jax.data.splits import Splits
 from mae_jax.data.transforms import TrainTransform
+from mae_jax.tasks.inputs import open_splits
 
 ROUNDS = 7
 STEPS = 4  # batches in a round
@@ -52,7 +52,7 @@ def main(config: ConfigDict) -> None:
     data, model = config.data, config.model
     if model.channels not in (1, 3):
         raise UserError(f"model.channels = {model.channels}: the plain pipeline reads 1 or 3")
-    splits = Splits(config)
+    splits = open_splits(config)
     source, transform = splits.train, splits.train_transform
     height, width = transform.size
     batch_size = min(config.batch_size, LARGEST_BATCH)

@@ -1,56 +1,32 @@
-"""The training and evaluation split of a run, as batches of pixels."""
+"""The training and evaluation split of a run, as batches of arrays."""
+
+import dataclasses
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from mae_jax import UserError
-from mae_jax import config as config_lib
 from mae_jax.data import pipeline
-from mae_jax.data.randaugment import parse_randaugment
-from mae_jax.data.sources import DecodeError, Source, open_source
-from mae_jax.data.transforms import EvalTransform, TrainTransform
+from mae_jax.data.record import DecodeError, Source
+from mae_jax.data.transforms import EvalTransform
 
 
+@dataclasses.dataclass(frozen=True)
 class Splits:
-    """The two splits of `config.data`, each with its transform to the model's input.
+    """Two splits, each with its transform to what a step takes."""
 
-    Attributes:
-      classes: number of classes of a labelled set whose labels the task reads, else None.
-
-    Raises:
-      ValueError: missing or unprepared data, or labels that do not fit, naming the field and the
-        remedy.
-    """
-
-    def __init__(self, config: ConfigDict):
-        data = config.data
-        size = config_lib.image_size(config)
-        self.train: Source = open_source(data.name, data.dir or None, data.train_split)
-        self.eval: Source = open_source(data.name, data.dir or None, data.eval_split)
-        self.classes = None if config.task == "pretrain" else _classes(config, self)
-        spec = config.augment.randaugment
-        fill = tuple(round(255 * mean) for mean in data.mean)
-        self.train_transform = TrainTransform(
-            size=size,
-            channels=config.model.channels,
-            scale=tuple(data.scale),
-            ratio=tuple(data.ratio),
-            crop=data.crop,
-            resize=data.resize,
-            randaugment=parse_randaugment(spec, fill) if spec else None,
-        )
-        self.eval_transform = EvalTransform(
-            size=size, channels=config.model.channels, crop_ratio=data.eval_crop or None
-        )
-        self.seed = config.seed
-        self._batch_size = config.batch_size
-        self._loading = {
-            "bad_records": data.bad_records,
-            "classes": self.classes,
-            "threads": data.threads,
-            "prefetch": data.prefetch,
-        }
-        self._workers = data.workers
+    train: Source
+    eval: Source
+    train_transform: pipeline.Transform
+    eval_transform: EvalTransform
+    seed: int
+    batch_size: int
+    classes: int | None
+    """Of a labelled set whose labels are read, else None."""
+    bad_records: str = "stop"
+    workers: int = 0
+    """For training; the other loading fields hold for both. See `pipeline.train_batches`."""
+    threads: int = 0
+    prefetch: int = 2
 
     def train_batches(
         self, positions: np.ndarray, start_step: int, end_step: int
@@ -60,11 +36,11 @@ class Splits:
             self.train,
             self.train_transform,
             seed=self.seed,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             positions=positions,
             start_step=start_step,
             end_step=end_step,
-            workers=self._workers,
+            workers=self.workers,
             **self._loading,
         )
 
@@ -82,6 +58,11 @@ class Splits:
             **self._loading,
         )
 
+    @property
+    def _loading(self) -> dict:
+        names = ("bad_records", "classes", "threads", "prefetch")
+        return {name: getattr(self, name) for name in names}
+
     def eval_examples(self, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Images [count, H, W, C] uint8 of the evaluation split, labels [count], record names."""
         count = min(count, len(self.eval))
@@ -96,33 +77,35 @@ class Splits:
                 record = self.eval[(index + i) % len(self.eval)]
                 return self.eval_transform.image(record), record.label, record.name
             except DecodeError:
-                if self._loading["bad_records"] != "skip":
+                if self.bad_records != "skip":
                     raise
         raise DecodeError(f"none of the {len(self.eval)} evaluation records can be decoded")
 
 
-def _classes(config: ConfigDict, splits: Splits) -> int:
-    """The number of classes, the same in both splits and in the config."""
-    train, evaluation = splits.train, splits.eval
+def common_classes(train: Source, evaluation: Source, fields: str, need: str) -> int:
+    """The number of classes, the same in two splits.
+
+    Args:
+      fields: `data` or `probe`, the part of the config that names the splits.
+      need: who needs labels, and what else to do.
+
+    Raises:
+      UserError: no labels, or classes that differ in number, name or order.
+    """
     for source in (train, evaluation):
         if source.num_classes is None:
             raise UserError(
-                f"data.name: {source.name}, split {source.split}, has no labels, and task "
-                f"{config.task} learns from labels. Choose a labelled data set; a folder needs one "
-                "sub-folder a class: FOLDER/train/CLASS/*.jpg, FOLDER/validation/CLASS/*.jpg"
+                f"{fields}.name: {source.name}, split {source.split}, has no labels, and {need}. "
+                "A folder needs one sub-folder a class: FOLDER/train/CLASS/*.jpg, "
+                "FOLDER/validation/CLASS/*.jpg"
             )
-    if train.num_classes != evaluation.num_classes or train.class_names != evaluation.class_names:
-        ours, theirs = set(train.class_names or ()), set(evaluation.class_names or ())
-        odd = sorted(ours ^ theirs)[:5]
+    if (train.num_classes, train.class_names) != (evaluation.num_classes, evaluation.class_names):
+        odd = sorted(set(train.class_names or ()) ^ set(evaluation.class_names or ()))[:5]
+        same_count = train.num_classes == evaluation.num_classes
+        how = f", in one of them only: {', '.join(odd)}" if odd else ", in another order" * same_count
         raise UserError(
-            f"data.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
-            f"{train.split} has {train.num_classes}"
-            + (f"; in one of them only: {', '.join(odd)}" if odd else "")
-            + ". Labels would not mean the same; give splits with equal classes"
-        )
-    if config.head.classes not in (0, train.num_classes):
-        raise UserError(
-            f"head.classes = {config.head.classes}, but {train.name} has {train.num_classes} "
-            "classes; 0 takes the data set's"
+            f"{fields}.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
+            f"{train.split} has {train.num_classes}{how}. Labels would not mean the same; give "
+            "splits with equal classes"
         )
     return train.num_classes

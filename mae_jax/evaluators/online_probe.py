@@ -16,6 +16,7 @@ from mae_jax.config import image_size
 from mae_jax.data import pipeline
 from mae_jax.data.record import DecodeError, Source
 from mae_jax.data.sources import open_source
+from mae_jax.data.splits import common_classes
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.evaluators.over_split import OverSplit, Selection, rows
@@ -191,18 +192,8 @@ def _select(config: ConfigDict, field: str, count: int) -> _Part:
 
 def _classes(train: Source, evaluation: Source) -> int:
     """The number of classes, the same in both splits."""
-    for source in (train, evaluation):
-        if source.num_classes is None:
-            raise UserError(
-                f"probe.name: {source.name}, split {source.split}, has no labels, and a probe "
-                "needs them: name a labelled data set there, or set probe.every = 0"
-            )
-    if train.num_classes != evaluation.num_classes or train.class_names != evaluation.class_names:
-        raise UserError(
-            f"probe.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
-            f"{train.split} has {train.num_classes}, or their names differ; labels would not mean "
-            "the same"
-        )
+    need = "a probe needs them: name a labelled data set there, or set probe.every = 0"
+    common_classes(train, evaluation, "probe", need)
     if train.num_classes < 2:
         raise UserError(
             f"probe.name: {train.name} has {train.num_classes} class; a probe tells classes apart"

@@ -3,16 +3,16 @@
 import jax
 import numpy as np
 
-from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.tasks import create_task
+from mae_jax.tasks.inputs import open_splits
 
 
 def make(config, devices=1, data=-1, fsdp=1):
     """Task, its data, and a state at step 0 laid out for the mesh."""
     mesh = mesh_lib.make_mesh(data, fsdp, jax.devices()[:devices])
-    splits = Splits(config)
+    splits = open_splits(config)
     task = create_task(config, len(splits.train), splits.classes, mesh)
     shardings = shardings_of(abstract_state(task.init, mesh))
     return task, splits, jax.jit(task.init, out_shardings=shardings)()

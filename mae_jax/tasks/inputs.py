@@ -1,0 +1,55 @@
+"""The data of a run, as its config describes them."""
+
+from ml_collections import ConfigDict
+
+from mae_jax import UserError
+from mae_jax import config as config_lib
+from mae_jax.data.randaugment import parse_randaugment
+from mae_jax.data.sources import open_source
+from mae_jax.data.splits import Splits, common_classes
+from mae_jax.data.transforms import EvalTransform, TrainTransform
+
+
+def open_splits(config: ConfigDict) -> Splits:
+    """The two splits of `config.data`, cropped to the model's input.
+
+    Raises:
+      UserError: missing or unprepared data, or labels that do not fit.
+    """
+    data, size = config.data, config_lib.image_size(config)
+    train, evaluation = (
+        open_source(data.name, data.dir or None, split)
+        for split in (data.train_split, data.eval_split)
+    )
+    classes = None
+    if config.task != "pretrain":
+        need = f"task {config.task} learns from labels: choose a labelled data set"
+        classes = common_classes(train, evaluation, "data", need)
+        if config.head.classes not in (0, classes):
+            raise UserError(
+                f"head.classes = {config.head.classes}, but {train.name} has {classes} classes; "
+                "0 takes the data set's"
+            )
+    spec = config.augment.randaugment
+    fill = tuple(round(255 * mean) for mean in data.mean)
+    return Splits(
+        train=train,
+        eval=evaluation,
+        train_transform=TrainTransform(
+            size=size,
+            channels=config.model.channels,
+            scale=tuple(data.scale),
+            ratio=tuple(data.ratio),
+            crop=data.crop,
+            resize=data.resize,
+            randaugment=parse_randaugment(spec, fill) if spec else None,
+        ),
+        eval_transform=EvalTransform(size, config.model.channels, data.eval_crop or None),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        classes=classes,
+        bad_records=data.bad_records,
+        workers=data.workers,
+        threads=data.threads,
+        prefetch=data.prefetch,
+    )
