@@ -101,8 +101,9 @@ def common_classes(train: Source, evaluation: Source, fields: str, need: str) ->
             )
     if (train.num_classes, train.class_names) != (evaluation.num_classes, evaluation.class_names):
         odd = sorted(set(train.class_names or ()) ^ set(evaluation.class_names or ()))[:5]
-        same_count = train.num_classes == evaluation.num_classes
-        how = f", in one of them only: {', '.join(odd)}" if odd else ", in another order" * same_count
+        how = f", in one of them only: {', '.join(odd)}" if odd else ""
+        if not odd and train.num_classes == evaluation.num_classes:
+            how = ", in another order"
         raise UserError(
             f"{fields}.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
             f"{train.split} has {train.num_classes}{how}. Labels would not mean the same; give "
