@@ -53,7 +53,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",
         "pillow>=11",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "simplejpeg>=1.8",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",

@@ -146,7 +146,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def add_overrides(parser: Parser) -> None:
-    """Options for fields of `interop.description.Description`."""
+    """Options for fields of `models.spec.ModelSpec`."""
     from mae_jax.models.targets import TARGETS
 
     group = parser.add_argument_group("what weights do not tell of themselves")

@@ -54,9 +54,9 @@ from mae_jax.evaluators.robustness import (
     occurring_classes,
     require_present,
 )
-from mae_jax.interop.build import classify_function, model_params
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.models.classifier import classification_sums
+from mae_jax.models.inference import classify_function
 from mae_jax.storage.files import read_json, write_atomically
 
 COLUMNS = ("weights", "data", "images", "top-1 %", "top-5 %", "loss", "mCE %")
@@ -85,10 +85,10 @@ class Scorer:
         mesh: Mesh | None = None,
     ):
         mesh = make_mesh() if mesh is None else mesh
-        self._description = d = checkpoint.description
+        self._spec = d = checkpoint.spec
         classify = classify_function(d, jnp.dtype(dtype))
         self._transform = EvalTransform(d.image_size, d.channels, crop_ratio=crop or None)
-        self._params = replicate(model_params(checkpoint), mesh)
+        self._params = replicate(checkpoint.params(decoder=False), mesh)
 
         def score(inputs: tuple[Any, jax.Array], batch: dict, number: jax.Array) -> dict:
             del number
@@ -107,10 +107,10 @@ class Scorer:
                 f"{where} has no labels: choose a labelled data set and split; a folder needs one "
                 "sub-folder a class"
             )
-        if source.num_classes != self._description.classes:
+        if source.num_classes != self._spec.classes:
             raise UserError(
                 f"{where} has {source.num_classes} classes, the classifier has "
-                f"{self._description.classes}: evaluate on the data set it was trained for"
+                f"{self._spec.classes}: evaluate on the data set it was trained for"
             )
 
     def __call__(self, source: Source, *, subset: bool = False) -> dict[str, float]:
@@ -124,7 +124,7 @@ class Scorer:
           DecodeError, LabelError: a record that cannot be read or labelled, by name.
           UserError: the loss is not finite.
         """
-        classes = self._description.classes
+        classes = self._spec.classes
         chosen = np.arange(classes, dtype=np.int32)
         if subset:
             chosen = occurring_classes(source, classes)
@@ -184,7 +184,7 @@ def evaluate(
         "crop": crop,
         "dtype": dtype,
         "weights": checkpoint.digest(),
-        "model": str(checkpoint.description),
+        "model": str(checkpoint.spec),
     }
     result: dict[str, Any] = {
         "weights": checkpoint.source,

@@ -59,7 +59,7 @@ def run(
             path = serving.export_stablehlo(checkpoint, folder, facts)
         else:
             exporter = _EXPORTERS[format]
-            path = exporter(checkpoint.params(), folder, checkpoint.description, facts)
+            path = exporter(checkpoint.params(), folder, checkpoint.spec, facts)
     return directory / path.name
 
 

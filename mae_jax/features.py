@@ -35,7 +35,7 @@ from mae_jax.data.record import DecodeError
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
 from mae_jax.evaluators.over_split import OverSplit, Parts
-from mae_jax.interop.build import features_function, model_params
+from mae_jax.models.inference import features_function
 from mae_jax.storage.files import complete_or_absent
 
 KINDS = ("cls", "mean", "tokens", "logits")
@@ -71,8 +71,8 @@ def extract(
     root = pathlib.Path(images).expanduser().resolve()
     names = sorted(list_pictures(root, "--images"))
     checkpoint = cli.open_weights(weights, known)
-    d = checkpoint.description
-    kinds = kinds or (d.pool or "cls",)
+    d = checkpoint.spec
+    kinds = kinds or (d.summary,)
     compute = features_function(d, block=block, dtype=jnp.dtype(dtype))
     if "logits" in kinds and not (d.classes and block in (0, d.depth)):
         raise UserError("--kind=logits: needs a classifier, and all of its blocks")
@@ -104,7 +104,7 @@ def extract(
     try:
         parts.compute(
             run,
-            replicate(model_params(checkpoint), run.mesh),
+            replicate(checkpoint.params(decoder=False), run.mesh),
             PictureFiles(root, names),
             lambda some: eval_batches(
                 some,

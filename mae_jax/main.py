@@ -99,7 +99,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     data = open_splits(config)
-    task = create_task(config, len(data.train), data.classes, mesh)
+    names = data.train.class_names
+    task = create_task(config, len(data.train), data.classes, mesh, names)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
@@ -227,7 +228,7 @@ def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mes
       ValueError: weights that cannot be read, or would do silent harm.
     """
     fresh = mesh_lib.to_host(state.weights, mesh)
-    load = functools.partial(load_into, fresh, source, task.description, parts=parts)
+    load = functools.partial(load_into, fresh, source, task.spec, parts=parts)
     weights, report = in_every_process(load)
     logging.info("%s", report)
     return state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))

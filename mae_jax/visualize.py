@@ -21,7 +21,6 @@ import numpy as np
 from mae_jax import UserError, cli
 from mae_jax.data.folder import PictureFiles
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.interop.build import build_mae
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.models.masking import num_kept, sample_masking
 from mae_jax.models.reconstruct import reconstruct
@@ -47,14 +46,14 @@ def reconstruct_files(
         that cannot be read, by name.
     """
     checkpoint = open_checkpoint(weights, **known)
-    d = checkpoint.description
+    d = checkpoint.spec
     patches = d.grid[0] * d.grid[1]
     for ratio in ratios:
         if not (0 < ratio < 1 and 0 < num_kept(patches, ratio) < patches):
             raise UserError(
                 f"--mask_ratio={ratio:g}: of {patches} patches at least one must stay and one go"
             )
-    model, params = build_mae(d), checkpoint.params()
+    model, params = d.mae(position_params=True), checkpoint.params()
     transform = EvalTransform(size=d.image_size, channels=d.channels)
     pictures = PictureFiles("", files)
     images = np.stack([transform.image(pictures[i]) for i in range(len(files))])  # [B, H, W, C]

@@ -18,13 +18,13 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.evaluate import Scorer, choose_benchmark
 from mae_jax.evaluators.robustness import ALEXNET_ERRORS, BENCHMARKS, corrupted, corruption_errors
-from mae_jax.interop.build import build_classifier, classify_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
+from mae_jax.models.inference import classify_function
+from mae_jax.models.spec import ModelSpec
 
 CLASSES = 8  # as the embedded data has
-MODEL = Description((32, 32), 8, 3, 32, 1, 4, pool="mean", classes=CLASSES)
+MODEL = ModelSpec((32, 32), 8, 3, 32, 1, 4, pool="mean", classes=CLASSES)
 
 # AlexNet's top-1 error at severities 1 to 5 of ImageNet-C, from another source than the means in
 # `mae_jax.evaluators.robustness`.
@@ -50,7 +50,7 @@ ALEXNET_BY_SEVERITY = {
 def random_classifier(d, seed=0):
     """Parameters whose predictions vary from picture to picture."""
     images = np.zeros((1, *d.image_size, d.channels), np.float32)
-    shapes = jax.eval_shape(build_classifier(d).init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(d.classifier().init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -100,11 +100,11 @@ def classify(d):
 def expected_scores(weights, source, chosen=None, crop=None):
     """Top-1, top-5 and loss in numpy, over all classes or the chosen ones."""
     checkpoint = open_checkpoint(weights)
-    d = checkpoint.description
+    d = checkpoint.spec
     transform = EvalTransform(d.image_size, d.channels, crop)
     records = [source[i] for i in range(len(source))]
     images = np.stack([transform.image(record) for record in records])
-    logits = np.asarray(classify(d)(model_params(checkpoint), images), np.float64)
+    logits = np.asarray(classify(d)(checkpoint.params(decoder=False), images), np.float64)
     labels = np.array([record.label for record in records])
     if chosen is not None:
         hidden = np.setdiff1d(np.arange(d.classes), chosen)

@@ -74,7 +74,7 @@ class Probe:
         self._untrained: float | None = None
 
         def initial_params() -> Any:
-            return task.init().best_params
+            return task.init().weights
 
         def encode(params: Any, batch: dict, number: jax.Array) -> dict:
             del number
@@ -89,11 +89,11 @@ class Probe:
         self._keep = bytes_kept <= CACHE_BYTES
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Probes the best parameters of `state` and writes the metrics of `step`."""
+        """Probes the best weights of `state` and writes the metrics of `step`."""
         start = time.perf_counter()
         if self._untrained is None:
             self._untrained = self._ridge(self._features(self._initial_params()))
-        features = self._features(state.best_params)
+        features = self._features(state.weights)
         (_, labels), (_, eval_labels) = features
         scalars = {
             "probe/top1": self._ridge(features),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mae_jax.interop.description import Description
+from mae_jax.models.spec import ModelSpec
 
 OWN_WEIGHTS_LICENCE = (
     "The code that made these weights is Apache-2.0. The weights are their owner's, who names "
@@ -15,7 +15,7 @@ OFFICIAL_WEIGHTS_LICENCE = (
 
 
 def model_card(
-    d: Description, facts: Mapping[str, object], *, content: str, how_to_load: str
+    spec: ModelSpec, facts: Mapping[str, object], *, content: str, how_to_load: str
 ) -> str:
     """The text of a README.md.
 
@@ -28,22 +28,23 @@ def model_card(
     facts = dict(facts)
     licence = facts.pop("licence", f"{OWN_WEIGHTS_LICENCE} {OFFICIAL_WEIGHTS_LICENCE}")
     described = {
-        "input": f"{d.image_size[0]} x {d.image_size[1]} pixels, {d.channels} channel(s), scaled "
-        f"to [0, 1], then mean {_numbers(d.mean)} and deviation {_numbers(d.std)} taken out",
-        "encoder": f"ViT, {d.depth} blocks of width {d.width}, {d.heads} heads, patches of "
-        f"{d.patch_size} pixels, LayerNorm eps 1e-6, exact GELU",
+        "input": f"{spec.image_size[0]} x {spec.image_size[1]} pixels, {spec.channels} channel(s), "
+        f"scaled to [0, 1], then mean {_numbers(spec.mean)} and deviation {_numbers(spec.std)} "
+        "taken out",
+        "encoder": f"ViT, {spec.depth} blocks of width {spec.width}, {spec.heads} heads, patches "
+        f"of {spec.patch_size} pixels, LayerNorm eps 1e-6, exact GELU",
     }
-    if d.decoder_depth:
+    if spec.decoder_depth:
         described["decoder"] = (
-            f"{d.decoder_depth} blocks of width {d.decoder_width}, {d.decoder_heads} heads"
+            f"{spec.decoder_depth} blocks of width {spec.decoder_width}, {spec.decoder_heads} heads"
         )
-    if d.target:
-        described["reconstruction target"] = d.target
-    if d.mask_ratio:
-        described["mask ratio"] = f"{d.mask_ratio:g}"
-    if d.classes:
-        source = "the mean patch token" if d.pool == "mean" else "the class token"
-        described["head"] = f"{d.classes} classes from {source}"
+    if spec.target:
+        described["reconstruction target"] = spec.target
+    if spec.mask_ratio:
+        described["mask ratio"] = f"{spec.mask_ratio:g}"
+    if spec.classes:
+        source = {"mean": "the mean patch token", "cls": "the class token"}[spec.summary]
+        described["head"] = f"{spec.classes} classes from {source}"
     trained = {str(key): str(value) for key, value in facts.items()}
     if not trained:
         trained = {"not recorded": "the weights came from a file that does not say"}

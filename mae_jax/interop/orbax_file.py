@@ -7,10 +7,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mae_jax.interop.description import Description
 from mae_jax.interop.weights import Params
 from mae_jax.models.classifier import probe_params
-from mae_jax.models.vit import VARIANTS
+from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.checkpoints import read_newest
 from mae_jax.storage.files import read_json_lines
 
@@ -20,12 +19,11 @@ _PARTS = ("step", "params", "ema", "frozen", "statistics")
 
 def read_workdir(
     workdir: pathlib.Path,
-) -> tuple[Params, Description, dict[str, Any], list[str]]:
+) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
     """The newest whole checkpoint of a run: parameters, description, facts for a card, notes.
 
     The parameters are the moving average where the run keeps one, with those that were frozen. The
-    batch norm of a linear probe is absorbed into its head. A head on the mean token expects another
-    norm than the encoder's, so that of a probe on it is left out, and a note says so.
+    batch norm of a linear probe is absorbed into its head.
 
     Raises:
       UserError: no checkpoint is whole.
@@ -36,13 +34,7 @@ def read_workdir(
     params = state["ema"] if averaged else state["params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
     if state["statistics"] is not None:
-        params = probe_params(params, state["statistics"], config["head"]["pool"])
-        params = jax.tree.map(np.asarray, params)
-        if "head" not in params:
-            notes.append(
-                "the head of this linear probe reads the mean token, for which there is no model: "
-                "it is left out (a probe with head.pool=cls keeps its head)"
-            )
+        params = jax.tree.map(np.asarray, probe_params(params, state["statistics"]))
     facts = {
         "task": config.get("task", "pretrain"),
         "data": config["data"]["name"],
@@ -57,36 +49,7 @@ def read_workdir(
         **_last_metrics(workdir / "metrics.jsonl"),
     }
     classes = params["head"]["bias"].shape[0] if "head" in params else 0
-    return params, _describe(config, classes), facts, notes
-
-
-def _describe(config: dict[str, Any], classes: int) -> Description:
-    """The model of a resolved config (`config.json` of a workdir); `classes` 0 for no head."""
-    model, decoder = config["model"], config["decoder"]
-    shape = VARIANTS[model["variant"]]
-    size = model["image_size"]
-    size = [size] if isinstance(size, int) else list(size)
-    if config.get("task", "pretrain") == "pretrain":
-        own: dict[str, Any] = {
-            "decoder_width": decoder["width"],
-            "decoder_depth": decoder["depth"],
-            "decoder_heads": decoder["heads"],
-            "target": config["target"],
-            "mask_ratio": config["mask"]["ratio"],
-        }
-    else:
-        own = {"pool": config["head"]["pool"] if classes else "", "classes": classes}
-    return Description(
-        image_size=(size[0], size[-1]),
-        patch_size=model["patch_size"],
-        channels=model["channels"],
-        width=model["width"] or shape.width,
-        depth=model["depth"] or shape.depth,
-        heads=model["heads"] or shape.heads,
-        mean=tuple(config["data"]["mean"]),
-        std=tuple(config["data"]["std"]),
-        **own,
-    )
+    return params, ModelSpec.from_config(config, classes), facts, notes
 
 
 def _last_metrics(path: pathlib.Path) -> dict[str, str]:

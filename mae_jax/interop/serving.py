@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax import UserError
-from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.card import model_card
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.export import CARD_FILE
+from mae_jax.models.inference import features_function
 from mae_jax.storage.files import write_atomically
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -66,25 +66,25 @@ def export_stablehlo(
 ) -> pathlib.Path:
     """Writes the model with its weights and its input normalisation as one function.
 
-    uint8 images [b, H, W, C] of any batch size b -> what `build.features_function` gives: {"cls":
-    [b, D], "mean": [b, D], "tokens": [b, 1 + L, D]} float32, of classifiers also "logits" [b, K];
+    uint8 images [b, H, W, C] of any batch size b -> what `inference.features_function` gives:
+    {"cls": [b, D], "mean": [b, D], "tokens": [b, 1 + L, D]} float32, of classifiers also "logits";
     on CPU, CUDA, ROCm and TPU. Beside the file lie a loader that needs jax and numpy alone (it
     brings the reader for the format of `jax.export`, 30 kB) and a model card.
 
     Raises:
       UserError: the weights are too large for the format.
     """
-    d = checkpoint.description
-    params = model_params(checkpoint)
+    spec = checkpoint.spec
+    params = checkpoint.params(decoder=False)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if size > MAX_BYTES:
         raise UserError(
             f"{checkpoint.source}: {size / 1e9:.2f} GB of weights; the format of jax.export holds "
             f"at most {MAX_BYTES / 1e9:.2f}. Export with --format=orbax or timm"
         )
-    features = features_function(d)
+    features = features_function(spec)
     (b,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((b, *d.image_size, d.channels), jnp.uint8)
+    images = jax.ShapeDtypeStruct((b, *spec.image_size, spec.channels), jnp.uint8)
     constants = jax.tree.map(np.asarray, params)
     exported = jax.export.export(
         jax.jit(lambda images: features(constants, images)), platforms=PLATFORMS
@@ -93,22 +93,22 @@ def export_stablehlo(
     directory = pathlib.Path(directory)
     path = directory / FILE
     write_atomically(path, bytes(exported.serialize()))
-    shape = f"[b, {d.image_size[0]}, {d.image_size[1]}, {d.channels}]"
+    shape = f"[b, {spec.image_size[0]}, {spec.image_size[1]}, {spec.channels}]"
     outputs = exported.out_tree.unflatten(exported.out_avals)
     names = ", ".join(f'"{name}"' for name in outputs)
-    kind = "Image classifier" if d.classes else "Image encoder"
+    kind = "Image classifier" if spec.classes else "Image encoder"
     loader = _LOADER.format(shape=shape, names=names, file=FILE, library=LOADER_LIBRARY)
     write_atomically(directory / LOADER_FILE, loader)
     write_atomically(directory / LOADER_LIBRARY, _reader_library())
     card = model_card(
-        d,
+        spec,
         facts,
         content=f"{kind} as a StableHLO function, {FILE}: uint8 images {shape} to {names}; "
         f"weights and input normalisation are inside. Made with jax {jax.__version__}.",
         how_to_load=(
             "import serve  # serve.py of this folder; needs jax and numpy\n\n"
             "features = serve.load()\n"
-            f'features(images)["{"logits" if d.classes else "cls"}"]'
+            f'features(images)["{"logits" if spec.classes else "cls"}"]'
         ),
     )
     write_atomically(directory / CARD_FILE, card)

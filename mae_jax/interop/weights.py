@@ -3,66 +3,67 @@
 import re
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mae_jax.interop.names import Tensors, is_decoder, official_name, our_path
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import sincos_position_table
 
 Params = dict[str, Any]
 
 
 def to_official(
-    params: Params,
-    *,
-    image_size: tuple[int, int],
-    patch_size: int,
-    channels: int,
-    include_decoder: bool = True,
+    params: Params, spec: ModelSpec, *, include_decoder: bool = True
 ) -> dict[str, np.ndarray]:
     """Parameters -> official tensors.
 
     Args:
       params: the tree of `MAE`, or of a classifier (`encoder`, `fc_norm`, `head`).
+      spec: of that model.
       include_decoder: False leaves out the decoder with its mask token, as timm needs it.
 
     Returns:
       float32 tensors. Linear weights are [out, in], the patch convolution is [D, C, p, p]. The
-      position tables, which official files store, are there: the trained one where the tree holds
-      one, the fixed sine-cosine table otherwise.
+      position tables, which official files store, are there: those of the tree, or the fixed
+      sine-cosine table where it has none.
     """
-    grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-    tensors = {}
-    for path, leaf in flatten_dict(params, sep="/").items():
-        name = official_name(path)
-        if is_decoder(name) and not include_decoder:
-            continue
-        x = np.asarray(leaf, np.float32)
-        if name == "patch_embed.proj.weight":
-            # [p*p*C, D], channel fastest -> [D, C, p, p]
-            x = x.reshape(patch_size, patch_size, channels, -1).transpose(3, 2, 0, 1)
-        elif path.endswith("/kernel"):
-            x = x.T  # [in, out] -> [out, in]
-        tensors[name] = np.ascontiguousarray(x)
-    width = tensors["cls_token"].shape[-1]
-    tensors.setdefault("pos_embed", sincos_position_table(width, grid)[None])
-    if "mask_token" in tensors:
-        decoder_width = tensors["mask_token"].shape[-1]
-        tensors["decoder_pos_embed"] = sincos_position_table(decoder_width, grid)[None]
+    params = {part: tree for part, tree in params.items() if include_decoder or part != "decoder"}
+    tensors = {
+        name: np.ascontiguousarray(x, np.float32) for name, x in _renamed(params, spec).items()
+    }
+    for table, token in (("pos_embed", "cls_token"), ("decoder_pos_embed", "mask_token")):
+        if token in tensors and table not in tensors:
+            tensors[table] = sincos_position_table(tensors[token].shape[-1], spec.grid)[None]
     return {name: tensors[name] for name in sorted(tensors, key=_file_order)}
 
 
-def from_official(tensors: Tensors, *, keep_positions: bool = False) -> Params:
-    """Official tensors -> parameters, the inverse of `to_official`.
+def official_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of every tensor of a model, position tables included."""
+    renamed = jax.eval_shape(lambda params: _renamed(params, spec), spec.abstract_params())
+    return {name: x.shape for name, x in renamed.items()}
 
-    Args:
-      keep_positions: puts `pos_embed` into the tree, for models that train it. Otherwise the
-        tables are dropped: the caller answers for their being the fixed ones.
-    """
+
+def _renamed(params: Params, spec: ModelSpec) -> dict[str, Any]:
+    """Leaves, numpy's or jax's, under official names and in official layouts."""
+    tensors = {}
+    for path, x in flatten_dict(params, sep="/").items():
+        name = official_name(path)
+        if name == "patch_embed.proj.weight":
+            # [p*p*C, D], channel fastest -> [D, C, p, p]
+            p = spec.patch_size
+            x = x.reshape(p, p, spec.channels, -1).transpose(3, 2, 0, 1)
+        elif path.endswith("/kernel"):
+            x = x.T  # [in, out] -> [out, in]
+        tensors[name] = x
+    return tensors
+
+
+def from_official(tensors: Tensors) -> Params:
+    """Official tensors -> parameters with their position tables, the inverse of `to_official`."""
     flat = {}
     for name, tensor in tensors.items():
-        if name == "decoder_pos_embed" or (name == "pos_embed" and not keep_positions):
-            continue
         path = our_path(name)
         x = np.asarray(tensor, np.float32)
         if name == "patch_embed.proj.weight":

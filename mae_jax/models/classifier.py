@@ -1,4 +1,4 @@
-"""The encoder with a head: what fine-tuning trains (paper section 4.1, mae.md 1.8)."""
+"""The encoder with a head: what fine-tuning and probing train (paper section 4.1, appendix A.1)."""
 
 import flax.linen as nn
 import jax
@@ -8,16 +8,16 @@ import optax
 from mae_jax.models.vit import ViT, layer_norm
 
 POOLS = ("mean", "cls")
-BATCH_NORM_EPS = 1e-6  # of the linear probe (mae.md 2.6)
+BATCH_NORM_EPS = 1e-6  # of the linear probe, as in the reference's main_linprobe.py
 
 
 class Classifier(nn.Module):
     """ViT encoder, pooling, linear head.
 
     Attributes:
-      encoder: with `final_norm` for `cls` and without for `mean`.
-      pool: `mean` of the patch tokens, then a fresh layer norm (`fc_norm`); or the class token,
-        which has passed the encoder's own final norm.
+      encoder: without `final_norm` for `mean`, with it otherwise.
+      pool: `mean` of the patch tokens, then a layer norm of its own (`fc_norm`); `cls`: the class
+        token after the encoder's final norm; `normed_mean`: the mean of patch tokens after it.
       head_std: of the head's initial weights.
     """
 
@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         Args:
           path_scale: [depth, 2, B], see `vit.drop_path_scale`; None drops nothing.
         """
-        if self.encoder.final_norm != (self.pool == "cls"):
+        if self.encoder.final_norm == (self.pool == "mean"):
             raise ValueError(f"pool {self.pool!r} and the encoder's final norm do not go together")
         x = self.encoder(images, path_scale=path_scale)  # [B, 1 + L, D]
         x = pool_tokens(x, self.pool)  # [B, D]
@@ -68,19 +68,13 @@ def absorb_batch_norm(head: dict, statistics: dict) -> dict:
     return {"kernel": kernel, "bias": head["bias"] - shift}
 
 
-def probe_params(params: dict, statistics: dict, pool: str) -> dict:
+def probe_params(params: dict, statistics: dict) -> dict:
     """A linear probe as parameters of `Classifier`, its batch norm absorbed into the head.
-
-    A head on the mean token expects another norm than the encoder's, so it is left out: the
-    encoder alone.
 
     Args:
       params: "encoder" and "head".
       statistics: see `absorb_batch_norm`.
-      pool: what the head reads, of `POOLS`.
     """
-    if pool != "cls":
-        return {"encoder": params["encoder"]}
     return {**params, "head": absorb_batch_norm(params["head"], statistics)}
 
 

@@ -28,6 +28,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     stacking: str = "unrolled"
     remat: str = "none"
+    position_params: bool = False  # as in `ViT`
 
     @nn.compact
     def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
@@ -40,7 +41,10 @@ class Decoder(nn.Module):
         visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
         patches = restore_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
         x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1 + L, Dd]
-        x = x + jnp.asarray(sincos_position_table(self.width, self.grid)).astype(self.dtype)
+        positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, Dd]
+        if self.position_params:
+            positions = self.param("pos_embed", lambda _: positions[None])[0]
+        x = x + positions.astype(self.dtype)
         x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x)
         return dense(self.patch_values, self.dtype, "pred")(x)[:, 1:]
@@ -92,20 +96,3 @@ def masked_loss(predictions: jax.Array, target: jax.Array, mask: jax.Array) -> j
     """
     error = jnp.square(predictions - target).mean(axis=-1)  # [B, L]
     return (error * mask).sum(axis=-1) / mask.sum(axis=-1)
-
-
-def create_mae(
-    encoder: ViT, *, decoder_width: int, decoder_depth: int, decoder_heads: int, target: str
-) -> MAE:
-    """Puts a decoder to an encoder; it is computed in the encoder's type and manner."""
-    decoder = Decoder(
-        grid=encoder.grid,
-        patch_values=encoder.patch_size**2 * encoder.channels,
-        width=decoder_width,
-        depth=decoder_depth,
-        heads=decoder_heads,
-        dtype=encoder.dtype,
-        stacking=encoder.stacking,
-        remat=encoder.remat,
-    )
-    return MAE(encoder=encoder, decoder=decoder, target=target)

@@ -1,6 +1,6 @@
 """The Vision Transformer of MAE, as plain maths on arrays (paper appendix A.1)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -230,8 +230,8 @@ class ViT(nn.Module):
     Attributes:
       image_size: height and width in pixels, each divisible by `patch_size`.
       channels: of the input images.
-      train_positions: the position table is a parameter that starts as the sine-cosine table
-        (fine-tuning), instead of a constant (pretraining).
+      position_params: the position table is a parameter that starts as the sine-cosine table, for
+        models that train it or take another's, instead of a constant.
       final_norm: False leaves the last layer norm to whoever pools the tokens.
       frozen_blocks: blocks at the start that get no gradients.
     """
@@ -245,7 +245,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     stacking: str = "unrolled"
     remat: str = "none"
-    train_positions: bool = False
+    position_params: bool = False
     final_norm: bool = True
     frozen_blocks: int = 0
 
@@ -275,7 +275,7 @@ class ViT(nn.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected} (H, W, C)")
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, D]
-        if self.train_positions:
+        if self.position_params:
             positions = self.param("pos_embed", lambda _: positions[None])[0]
         positions = positions.astype(self.dtype)
 
@@ -304,31 +304,3 @@ class ViT(nn.Module):
             name="blocks",
         )(x, path_scale)
         return layer_norm(self.dtype, "norm")(x) if self.final_norm else x
-
-
-def create_vit(
-    *,
-    variant: str,
-    patch_size: int,
-    image_size: tuple[int, int],
-    channels: int,
-    width: int = 0,
-    depth: int = 0,
-    heads: int = 0,
-    **options: Any,
-) -> ViT:
-    """Builds an encoder; `width`, `depth`, `heads` other than 0 override the variant's.
-
-    Args:
-      options: further attributes of `ViT`.
-    """
-    shape = VARIANTS[variant]
-    return ViT(
-        image_size=image_size,
-        patch_size=patch_size,
-        channels=channels,
-        width=width or shape.width,
-        depth=depth or shape.depth,
-        heads=heads or shape.heads,
-        **options,
-    )

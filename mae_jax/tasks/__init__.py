@@ -1,5 +1,7 @@
 """What can be trained: one file a task, each a subclass of `base.Task`."""
 
+from collections.abc import Sequence
+
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,13 +20,19 @@ _CLASSES = {
 }
 
 
-def create_task(config: ConfigDict, examples: int, classes: int | None, mesh: Mesh) -> Task:
+def create_task(
+    config: ConfigDict,
+    examples: int,
+    classes: int | None,
+    mesh: Mesh,
+    class_names: Sequence[str] | None = None,
+) -> Task:
     """The task `config.task` names.
 
     Args:
       examples: size of the training split; sets the length of epochs.
-      classes: of a labelled data set.
+      classes: of a labelled data set, with names where it has some.
     """
     for line in config_lib.adjustments(config, examples):
         logging.info("%s", line)
-    return _CLASSES[config.task](config, examples, classes, mesh)
+    return _CLASSES[config.task](config, examples, classes or 0, mesh, class_names or ())

@@ -13,8 +13,8 @@ from mae_jax import config as config_lib
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
-from mae_jax.interop.description import Description
-from mae_jax.models.vit import ViT, create_vit
+from mae_jax.models.spec import ModelSpec
+from mae_jax.models.vit import ViT
 from mae_jax.train import optimizers
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState
@@ -23,22 +23,13 @@ from mae_jax.train.state import Metrics, TrainState
 TRAIN, EVAL, INIT, MIX = 0, 1, 2, 3
 
 
-def create_encoder(config: ConfigDict, **options: Any) -> ViT:
-    """The encoder of `config.model`; `options` as in `create_vit`."""
-    model = config.model
-    return create_vit(
-        variant=model.variant,
-        patch_size=model.patch_size,
-        image_size=config_lib.image_size(config),
-        channels=model.channels,
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        dtype=jnp.dtype(config.compute_dtype),
-        stacking=model.stacking,
-        remat=model.remat,
-        **options,
-    )
+def how_computed(config: ConfigDict) -> dict[str, Any]:
+    """How the models of a `ModelSpec` are computed: what its builders take beside it."""
+    return {
+        "dtype": jnp.dtype(config.compute_dtype),
+        "stacking": config.model.stacking,
+        "remat": config.model.remat,
+    }
 
 
 class Task:
@@ -49,20 +40,23 @@ class Task:
     Args:
       config: a validated config.
       examples: size of the training split; sets the length of epochs.
-      encoder: of the model that is trained or probed.
+      spec: of the model that is trained or probed, as it is exported.
+      encoder: of that model.
       mesh: where steps run.
     """
 
     metric_names: tuple[str, ...] = ("loss", "grad_norm", "lr")
 
-    def __init__(self, config: ConfigDict, examples: int, encoder: ViT, mesh: Mesh):
+    def __init__(
+        self, config: ConfigDict, examples: int, spec: ModelSpec, encoder: ViT, mesh: Mesh
+    ):
         self.total_steps = config_lib.total_steps(config, examples)
         self.batch_size = config.batch_size
         self.eval_batch_size = config.eval.batch_size or config.batch_size
         self.mesh = mesh
+        self.spec = spec
         self.encoder = encoder
-        self.mean = tuple(config.data.mean)
-        self.std = tuple(config.data.std)
+        self.mean, self.std = spec.mean, spec.std
         self.flip = config.data.flip
         self.accumulate = config.optim.accumulate
         self.ema_decay = config.optim.ema
@@ -108,21 +102,6 @@ class Task:
         return (*self.encoder.image_size, self.encoder.channels)
 
     # What surrounds the steps.
-
-    @property
-    def description(self) -> Description:
-        """The model as other libraries need to know it."""
-        encoder = self.encoder
-        return Description(
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            channels=encoder.channels,
-            width=encoder.width,
-            depth=encoder.depth,
-            heads=encoder.heads,
-            mean=self.mean,
-            std=self.std,
-        )
 
     def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
         """Where batches come from: `data`, unless the task makes something of it first."""

@@ -1,12 +1,12 @@
 """Supervised training of the encoder: fine-tuning, partial fine-tuning, from scratch.
 
-Paper tables 9 and 11, section 4.3; mae.md 2.3, 2.4, 2.7, 2.8.
+Paper tables 9 and 11, section 4.3.
 """
 
-import dataclasses
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,13 @@ from mae_jax.augment.pixels import example_keys, normalize, random_flip
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.distributed.sharding import gather_params, state_sharding
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
-from mae_jax.models.classifier import Classifier, classification_sums
+from mae_jax.models.classifier import classification_sums
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import drop_path_scale
 from mae_jax.pictures.in_training import draw_augmentations, draw_predictions
-from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, create_encoder
+from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, how_computed
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
@@ -48,23 +48,27 @@ class Finetune(Task):
     Args:
       config: a validated config.
       examples: size of the training split; sets the length of epochs.
-      classes: of the data set.
+      classes, class_names: of the data set.
       mesh: where steps run.
     """
 
-    def __init__(self, config: ConfigDict, examples: int, classes: int, mesh: Mesh):
-        blocks = config.trainable_blocks
-        depth = create_encoder(config).depth
+    def __init__(
+        self,
+        config: ConfigDict,
+        examples: int,
+        classes: int,
+        mesh: Mesh,
+        class_names: Sequence[str] = (),
+    ):
+        spec = ModelSpec.from_config(config, classes, class_names)
+        depth, blocks = spec.depth, config.trainable_blocks
         self.trainable_blocks = depth if blocks == -1 else blocks
-        frozen_blocks = depth - math.ceil(self.trainable_blocks)
-        encoder = create_encoder(
-            config,
-            train_positions=True,
-            final_norm=config.head.pool == "cls",
-            frozen_blocks=frozen_blocks,
+        self.model = spec.classifier(
+            head_std=config.head.init_std,
+            frozen_blocks=depth - math.ceil(self.trainable_blocks),
+            **how_computed(config),
         )
-        super().__init__(config, examples, encoder, mesh)
-        self.model = Classifier(encoder, classes, config.head.pool, config.head.init_std)
+        super().__init__(config, examples, spec, self.model.encoder, mesh)
         self.drop_path = config.model.drop_path
         self.augment = config.augment.copy_and_resolve_references()
         self.mix_group = config_lib.mix_group(config)
@@ -182,13 +186,6 @@ class Finetune(Task):
         """Softmax over classes [B, classes] of images [B, H, W, C] uint8."""
         return jax.nn.softmax(self.logits(state, images))
 
-    @property
-    def description(self) -> Description:
-        """The model as other libraries need to know it."""
-        return dataclasses.replace(
-            super().description, pool=self.model.pool, classes=self.model.classes
-        )
-
     def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
         """Training images as the model sees them."""
         draw_augmentations(self, data, workdir / "augmentations.png")
@@ -202,4 +199,4 @@ class Finetune(Task):
 
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the classifier of a host-side `state` for others to load, with a card."""
-        export_encoder(state.weights, directory, self.description, facts)
+        export_encoder(state.weights, directory, self.spec, facts)

@@ -1,17 +1,16 @@
 """Linear probing: a linear classifier on features of the frozen encoder.
 
-Paper appendix A.1 and table 10; mae.md 2.6.
+Paper appendix A.1 and table 10.
 """
 
-import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -31,7 +30,8 @@ from mae_jax.models.classifier import (
     pool_tokens,
     probe_params,
 )
-from mae_jax.tasks.base import INIT, TRAIN, Task, create_encoder
+from mae_jax.models.spec import ModelSpec
+from mae_jax.tasks.base import INIT, TRAIN, Task, how_computed
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
@@ -56,12 +56,22 @@ class LinearProbe(Task):
     Args:
       config: a validated config.
       examples: size of the training split; sets the length of epochs.
-      classes: of the data set.
+      classes, class_names: of the data set.
       mesh: where steps run.
     """
 
-    def __init__(self, config: ConfigDict, examples: int, classes: int, mesh: Mesh):
-        super().__init__(config, examples, create_encoder(config), mesh)
+    def __init__(
+        self,
+        config: ConfigDict,
+        examples: int,
+        classes: int,
+        mesh: Mesh,
+        class_names: Sequence[str] = (),
+    ):
+        spec = ModelSpec.from_config(config, classes, class_names)
+        # Positions are parameters: those of the weights, interpolated to this image size.
+        encoder = spec.encoder(position_params=True, **how_computed(config))
+        super().__init__(config, examples, spec, encoder, mesh)
         self.classes = classes
         self.pool = config.head.pool
         self.init_std = config.head.init_std
@@ -185,16 +195,7 @@ class LinearProbe(Task):
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes encoder and head of a host-side `state` as one classifier, with a card.
 
-        Batch norm is absorbed into the head. There is a place for such a head on the class token
-        only; with mean pooling the encoder is written alone.
+        Batch norm is absorbed into the head.
         """
-        weights = probe_params(state.weights, state.statistics, self.pool)
-        weights = jax.tree.map(np.asarray, weights)
-        description = self.description
-        if "head" in weights:
-            description = dataclasses.replace(description, pool="cls", classes=self.classes)
-        else:
-            logging.info(
-                "a head on mean tokens without a norm has no place in the export: encoder only"
-            )
-        export_encoder(weights, directory, description, facts)
+        weights = jax.tree.map(np.asarray, probe_params(state.weights, state.statistics))
+        export_encoder(weights, directory, self.spec, facts)

@@ -1,7 +1,7 @@
 """The pretraining task: what a step of masked autoencoding does (paper section 3, table 8)."""
 
-import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,18 +15,25 @@ from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params, state_sharding
 from mae_jax.evaluators.online_probe import Probe
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
-from mae_jax.models.mae import create_mae
 from mae_jax.models.masking import Masking, sample_masking
 from mae_jax.models.reconstruct import reconstruct
+from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
-from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, create_encoder
+from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, how_computed
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.state import Metrics, TrainState, apply_gradients, create_state, gradients
+from mae_jax.train.state import (
+    Metrics,
+    TrainState,
+    apply_gradients,
+    create_state,
+    gradients,
+    merge,
+    split,
+)
 
 
 class Pretrain(Task):
@@ -35,19 +42,23 @@ class Pretrain(Task):
     Args:
       config: a validated config.
       examples: size of the training split; sets the length of epochs.
-      classes: not used; labels are not looked at.
+      classes, class_names: not used; labels are not looked at.
       mesh: where steps run.
     """
 
-    def __init__(self, config: ConfigDict, examples: int, classes: int | None, mesh: Mesh):
-        super().__init__(config, examples, create_encoder(config), mesh)
-        self.model = create_mae(
-            self.encoder,
-            decoder_width=config.decoder.width,
-            decoder_depth=config.decoder.depth,
-            decoder_heads=config.decoder.heads,
-            target=config.target,
-        )
+    def __init__(
+        self,
+        config: ConfigDict,
+        examples: int,
+        classes: int,
+        mesh: Mesh,
+        class_names: Sequence[str] = (),
+    ):
+        del classes, class_names
+        spec = ModelSpec.from_config(config)
+        # Weights to start from bring their position tables, interpolated to this image size.
+        self.model = spec.mae(position_params=bool(config.init_from), **how_computed(config))
+        super().__init__(config, examples, spec, self.model.encoder, mesh)
         self.mask_kind = config.mask.kind
         self.mask_ratio = config.mask.ratio
         self.optimizer = optimizers.adamw(
@@ -74,7 +85,8 @@ class Pretrain(Task):
         images = jnp.zeros((1, *self.image_shape))
         masking = self.masks(jax.random.split(jax.random.key(0), 1))
         variables = self.model.init(self.key(INIT), images, masking)
-        return create_state(variables["params"], self.optimizer, keep_ema=self.ema_decay > 0)
+        params, frozen = split(variables["params"], lambda path: not path.endswith("pos_embed"))
+        return create_state(params, self.optimizer, keep_ema=self.ema_decay > 0, frozen=frozen)
 
     def masks(self, keys: jax.Array) -> Masking:
         """One mask per key [B]."""
@@ -91,7 +103,7 @@ class Pretrain(Task):
         examples = {"image": images, "flip_key": flip_keys, "mask_key": mask_keys}
 
         def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
-            params = gather_params(params, self.mesh, self.encoder.dtype)
+            params = gather_params(merge(params, state.frozen), self.mesh, self.encoder.dtype)
             x = examples["image"]
             if self.flip:
                 x = random_flip(x, examples["flip_key"])
@@ -113,7 +125,7 @@ class Pretrain(Task):
         """
         x = normalize(batch["image"], self.mean, self.std)
         keys = example_keys(self.key(EVAL), index, self.positions(x.shape[0]))
-        params = gather_params(state.best_params, self.mesh, self.encoder.dtype)
+        params = gather_params(state.weights, self.mesh, self.encoder.dtype)
         output = self.model.apply({"params": params}, x, self.masks(keys))
         weight = batch["weight"]
         return {"loss": (output.loss * weight).sum(), "weight": weight.sum()}
@@ -121,7 +133,7 @@ class Pretrain(Task):
     def reconstruct(self, state: TrainState, images: jax.Array) -> dict[str, jax.Array]:
         """Images [B, H, W, C] uint8 with removed patches as predicted: see `reconstruct`."""
         masking = self.masks(jax.random.split(self.key(EVAL), images.shape[0]))
-        params = gather_params(state.best_params, self.mesh, self.encoder.dtype)
+        params = gather_params(state.weights, self.mesh, self.encoder.dtype)
         return reconstruct(self.model, params, images, masking, self.mean, self.std)
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
@@ -129,19 +141,6 @@ class Pretrain(Task):
         x = normalize(images, self.mean, self.std)
         params = gather_params(params, self.mesh, self.encoder.dtype)
         return self.model.apply({"params": params}, x, method="encode")
-
-    @property
-    def description(self) -> Description:
-        """The model as other libraries need to know it."""
-        decoder = self.model.decoder
-        return dataclasses.replace(
-            super().description,
-            decoder_width=decoder.width,
-            decoder_depth=decoder.depth,
-            decoder_heads=decoder.heads,
-            target=self.model.target,
-            mask_ratio=self.mask_ratio,
-        )
 
     def actions(
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
@@ -156,4 +155,4 @@ class Pretrain(Task):
 
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the encoder of a host-side `state` for others to load, with a card."""
-        export_encoder(state.weights, directory, self.description, facts)
+        export_encoder(state.weights, directory, self.spec, facts)

@@ -17,17 +17,12 @@ from mae_jax import UserError, export, features
 from mae_jax.augment.pixels import normalize
 from mae_jax.config import default_config, validate
 from mae_jax.distributed.mesh import make_mesh
-from mae_jax.interop.build import (
-    build_classifier,
-    classify_function,
-    features_function,
-    model_params,
-)
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_encoder
 from mae_jax.interop.load import load_into
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import to_official
+from mae_jax.models.inference import classify_function, features_function
 from mae_jax.models.vit import sincos_position_table
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.tasks.finetune import Finetune
@@ -50,9 +45,10 @@ RUNS = {
     "one block, class token": {"task": "finetune", "trainable_blocks": 1.0, "head.pool": "cls"},
     "from scratch": {"task": "scratch", "optim.ema": 0.9},
     "probed, class token": {"task": "linear_probe", "head.pool": "cls", "head.norm_group": 8},
+    "probed, mean token": {"task": "linear_probe", "head.pool": "mean", "head.norm_group": 8},
 }
-FORMATS = ("timm", "official", "orbax", "stablehlo")
-CLASS_TOKEN = [name for name in RUNS if "class token" in name]
+POOLS = {name: "cls" if "class token" in name else "mean" for name in RUNS}
+POOLS["probed, mean token"] = "normed_mean"
 
 
 def config_of(fields):
@@ -137,9 +133,9 @@ def classify(d):
 
 def logits_of(path):
     checkpoint = open_checkpoint(path)
-    d = checkpoint.description
+    d = checkpoint.spec
     assert d == dataclasses.replace(classifier(d.pool), mean=MEAN, std=STD)
-    return np.asarray(classify(d)(model_params(checkpoint), IMAGES))
+    return np.asarray(classify(d)(checkpoint.params(decoder=False), IMAGES))
 
 
 def served_logits(folder):
@@ -155,8 +151,8 @@ def assert_same_logits(found, expected):
 def test_a_workdir_is_the_classifier_its_run_evaluated(name, workdir):
     path, _, expected = workdir(name)
     checkpoint = open_checkpoint(path)
-    assert checkpoint.description.classes == CLASSES
-    assert checkpoint.description.pool == ("cls" if name in CLASS_TOKEN else "mean")
+    assert checkpoint.spec.classes == CLASSES
+    assert checkpoint.spec.pool == POOLS[name]
     assert checkpoint.facts["last eval/top1"] == "0.7500"
     started = "random weights" if name == "from scratch" else "/models/mae"
     assert checkpoint.facts["started from"] == started
@@ -167,7 +163,8 @@ def test_a_workdir_is_the_classifier_its_run_evaluated(name, workdir):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_format_keeps_the_logits_and_nothing_warns(name, workdir, tmp_path, caplog):
     path, _, expected = workdir(name)
-    for format in (*FORMATS, *(["hf"] if name in CLASS_TOKEN else [])):
+    official = ["official"] if POOLS[name] != "normed_mean" else []
+    for format in ("timm", "orbax", "stablehlo", *official, *["hf"] * (POOLS[name] == "cls")):
         folder = tmp_path / format
         export.main([f"--from={path}", f"--format={format}", f"--output={folder}"])
         logits = served_logits(folder) if format == "stablehlo" else logits_of(folder)
@@ -179,7 +176,7 @@ def test_every_format_keeps_the_logits_and_nothing_warns(name, workdir, tmp_path
     assert not [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in CLASS_TOKEN])
+@pytest.mark.parametrize("name", [name for name in RUNS if POOLS[name] != "cls"])
 def test_a_mean_token_classifier_is_no_model_of_transformers_and_that_is_said(
     name, workdir, tmp_path, capsys
 ):
@@ -198,27 +195,6 @@ def test_what_a_task_exports_at_its_end_is_what_the_command_exports(workdir, tmp
         assert_same_logits(logits_of(tmp_path / name), expected)
 
 
-def test_a_probe_on_the_mean_token_leaves_its_encoder_and_a_note(tmp_path, capsys):
-    config = config_of({"task": "linear_probe", "head.pool": "mean", "head.norm_group": 8})
-    state = random_state(task_of(config))
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
-    record = {"config": config.to_dict(), "elapsed_seconds": 1.0, "version": "0"}
-    checkpoints.save(STEPS, state, record)
-    checkpoints.close()
-    export.main([f"--from={tmp_path / 'run'}", "--format=timm", f"--output={tmp_path / 'out'}"])
-    error = capsys.readouterr().err
-    assert "note: the head of this linear probe" in error
-    assert "left out" in error
-    assert (tmp_path / "out" / "encoder.safetensors").exists()
-    checkpoint = open_checkpoint(tmp_path / "out")
-    assert checkpoint.description.classes == 0
-    jax.tree.map(
-        np.testing.assert_array_equal, checkpoint.params()["encoder"], state.frozen["encoder"]
-    )
-    with pytest.raises(UserError, match="no head"):
-        classify_function(checkpoint.description)
-
-
 def test_positions_that_training_hardly_moved_are_kept_to_the_bit(tmp_path):
     d = classifier("mean")
     params = classifier_params(d)
@@ -232,11 +208,11 @@ def test_positions_that_training_hardly_moved_are_kept_to_the_bit(tmp_path):
 
 def test_an_official_fine_tuned_pth_gives_the_logits_of_timm():
     checkpoint = open_checkpoint(GOLDENS / "finetuned.pth", heads=4)
-    d = checkpoint.description
-    assert (d.pool, d.classes, checkpoint.trained_positions) == ("mean", 5, True)
+    d = checkpoint.spec
+    assert (d.pool, d.classes) == ("mean", 5)
     with np.load(GOLDENS / "finetuned.npz") as expected:
-        params = {"params": model_params(checkpoint)}
-        logits = build_classifier(d).apply(params, expected["images"])
+        params = {"params": checkpoint.params(decoder=False)}
+        logits = d.classifier().apply(params, expected["images"])
         np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
 
 
@@ -248,8 +224,8 @@ def test_an_official_fine_tuned_pth_goes_to_other_formats_and_into_fine_tuning(t
     assert tensors.keys() == again.keys()
     for name, x in tensors.items():
         np.testing.assert_array_equal(again[name], x)
-    d = open_checkpoint(source, heads=4).description
-    model = build_classifier(d)
+    d = open_checkpoint(source, heads=4).spec
+    model = d.classifier()
     fresh = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, np.float32),
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"],
@@ -301,12 +277,11 @@ def test_the_features_command_keeps_what_the_head_reads_and_logits_on_request(tm
 def test_a_timm_folder_whose_pooling_is_not_that_of_its_tensors_is_refused(tmp_path):
     """timm can pool the mean token after the final norm, which looks like a class-token model."""
     d = classifier("cls")
-    sizes = {"image_size": d.image_size, "patch_size": d.patch_size, "channels": d.channels}
-    tensors = to_official(classifier_params(d), **sizes)
+    tensors = to_official(classifier_params(d), d)
     save_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
     config = {"architecture": "vit", "model_args": {"num_heads": 4, "global_pool": "token"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert open_checkpoint(tmp_path).description.pool == "cls"
+    assert open_checkpoint(tmp_path).spec.pool == "cls"
     config["model_args"]["global_pool"] = "avg"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="pool is cls in the tensors and mean"):

@@ -13,9 +13,9 @@ from mae_jax import UserError, cli, export, features, visualize
 from mae_jax.config import default_config
 from mae_jax.data.folder import PictureFiles
 from mae_jax.evaluators import over_split
-from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_official
+from mae_jax.models.inference import features_function
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.state import TrainState
 
@@ -61,7 +61,7 @@ def workdir_of(path, ema, steps=(5, 8)):
 def test_a_workdir_gives_its_newest_weights_and_how_they_were_trained(ema, tmp_path):
     checkpoint = open_checkpoint(workdir_of(tmp_path, ema))
     assert_same_tree(checkpoint.params(), random_params(seed=108 if ema else 8))
-    assert checkpoint.description == SMALL
+    assert checkpoint.spec == SMALL
     assert checkpoint.facts["steps"] == 8
     assert checkpoint.facts["images seen"] == 8 * 4096
     assert checkpoint.facts["last train/loss"] == "0.2500"
@@ -139,7 +139,7 @@ def test_features_of_a_folder_in_order_for_every_kind(weights, pictures, tmp_pat
 
     picture = (pictures / names[20]).read_bytes()
     image = EvalTransform(size=(32, 32)).image(Record(picture, -1, "x"))
-    params = model_params(open_checkpoint(weights))
+    params = open_checkpoint(weights).params(decoder=False)
     np.testing.assert_allclose(
         features_function(SMALL)(params, image[None])["tokens"][0], last, atol=1e-5
     )

@@ -12,9 +12,7 @@ import pytest
 from small_models import SMALL, assert_same_tree, classifier_params, random_params
 
 from mae_jax import UserError
-from mae_jax.interop.build import features_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import (
     export_encoder,
     export_hugging_face,
@@ -24,9 +22,11 @@ from mae_jax.interop.export import (
 from mae_jax.interop.serving import export_stablehlo
 from mae_jax.interop.tensor_files import read_tensors
 from mae_jax.interop.weights import from_official, to_official
+from mae_jax.models.inference import features_function
+from mae_jax.models.spec import ModelSpec
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-OTHER = Description((24, 40), 8, 5, 32, 2, 4, 16, 1, 2, "pixel", 0.6, (0.4,) * 5, (0.3,) * 5)
+OTHER = ModelSpec((24, 40), 8, 5, 32, 2, 4, 16, 1, 2, "pixel", 0.6, (0.4,) * 5, (0.3,) * 5)
 ENCODER = dataclasses.replace(SMALL, decoder_width=0, decoder_depth=0, decoder_heads=0)
 MEAN_CLASSIFIER = dataclasses.replace(ENCODER, pool="mean", classes=5)
 CLS_CLASSIFIER = dataclasses.replace(ENCODER, pool="cls", classes=5)
@@ -39,7 +39,7 @@ def test_whole_models_come_back_bit_for_bit(export, d, tmp_path):
     export(params, tmp_path, d, {})
     checkpoint = open_checkpoint(tmp_path)
     assert_same_tree(checkpoint.params(), params)
-    assert checkpoint.description == d
+    assert checkpoint.spec == d
 
 
 def test_hugging_face_folders_come_back_bit_for_bit(tmp_path):
@@ -47,7 +47,7 @@ def test_hugging_face_folders_come_back_bit_for_bit(tmp_path):
     export_hugging_face(params, tmp_path, SMALL, {})
     checkpoint = open_checkpoint(tmp_path)
     assert_same_tree(checkpoint.params(), params)
-    assert checkpoint.description == SMALL
+    assert checkpoint.spec == SMALL
 
 
 @pytest.mark.parametrize("d", [SMALL, OTHER], ids=["square", "rectangle-5-channels"])
@@ -71,12 +71,12 @@ def test_classifiers_come_back_bit_for_bit(d, export, tmp_path):
     export(params, tmp_path, d, {})
     checkpoint = open_checkpoint(tmp_path)
     assert_same_tree(checkpoint.params(), params)
-    assert checkpoint.description == d
+    assert checkpoint.spec == d
 
 
 def test_official_tensors_come_back_bit_for_bit_position_tables_included():
     tensors, _ = read_tensors(GOLDENS / "official.pth")
-    again = to_official(from_official(tensors), image_size=(24, 24), patch_size=8, channels=3)
+    again = to_official(from_official(tensors), dataclasses.replace(SMALL, image_size=(24, 24)))
     assert again.keys() == tensors.keys()
     for name, x in tensors.items():
         np.testing.assert_array_equal(again[name], x)
@@ -158,9 +158,9 @@ import importlib.abc, runpy, sys
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] in ("mae_jax", "flax", "safetensors", "orbax", "optax"):
-            raise UserError(name + " must not be needed")
+            raise ImportError(name + " must not be needed")
         if name == "flatbuffers" and not any(p.endswith("flatbuffers.zip") for p in sys.path):
-            raise UserError(name)
+            raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -180,7 +180,7 @@ def test_the_served_function_needs_jax_alone_takes_any_batch_and_agrees(count, s
         cwd=tmp_path,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
-    ours = features_function(checkpoint.description)(model_params(checkpoint), images)
+    ours = features_function(checkpoint.spec)(checkpoint.params(decoder=False), images)
     with np.load(tmp_path / "out.npz") as theirs:
         assert set(theirs.files) == {"cls", "mean", "tokens"}
         for name, x in ours.items():

@@ -47,7 +47,7 @@ def test_a_full_disk_is_told_and_the_same_command_works_when_there_is_room(
     assert path.exists()
     assert not any(entry.name.startswith(".") for entry in disk.rglob("*") if entry.is_file())
     if format != "stablehlo":
-        assert open_checkpoint(disk).description.depth == SMALL.depth
+        assert open_checkpoint(disk).spec.depth == SMALL.depth
 
 
 def test_the_command_ends_with_one_line(source, small_disk):

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from mae_jax.interop.build import build_encoder, build_mae
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.weights import to_official
 from mae_jax.models.masking import masking_from_scores, num_kept
 from mae_jax.train import optimizers
+from mae_jax.train.state import merge, split
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
@@ -35,8 +35,8 @@ def checkpoint():
 def test_loss_predictions_mask_and_gradients_are_those_of_transformers(
     target, checkpoint, expected
 ):
-    d = dataclasses.replace(checkpoint.description, target=target)
-    model, params = build_mae(d), checkpoint.params()
+    d = dataclasses.replace(checkpoint.spec, target=target)
+    model, params = d.mae(position_params=True), checkpoint.params()
     noise = expected["noise"]
     masking = masking_from_scores(noise, num_kept(noise.shape[1], d.mask_ratio))
     np.testing.assert_array_equal(masking.mask, expected["mask"])
@@ -49,7 +49,7 @@ def test_loss_predictions_mask_and_gradients_are_those_of_transformers(
     assert float(loss) == pytest.approx(float(expected[f"loss/{target}"]), rel=1e-5)
     scale = np.abs(expected["predictions"]).max()
     np.testing.assert_allclose(predictions, expected["predictions"], atol=1e-5 * scale)
-    official = to_official(grads, image_size=d.image_size, patch_size=8, channels=3)
+    official = to_official(grads, d)
     prefix = f"gradient/{target}/"
     names = [name.removeprefix(prefix) for name in expected if name.startswith(prefix)]
     assert set(names) == {name for name in official if not name.endswith("pos_embed")}
@@ -60,14 +60,14 @@ def test_loss_predictions_mask_and_gradients_are_those_of_transformers(
 
 
 def test_features_are_those_of_timm(checkpoint, expected):
-    encoder = build_encoder(checkpoint.description)
+    encoder = checkpoint.spec.encoder(position_params=True)
     tokens = encoder.apply({"params": checkpoint.params()["encoder"]}, expected["images"])
     np.testing.assert_allclose(tokens, expected["timm_features"], atol=1e-4)
 
 
 def test_ten_adamw_steps_track_the_losses_of_pytorch(checkpoint, expected):
-    d = dataclasses.replace(checkpoint.description, target="norm_pixel")
-    model, params = build_mae(d), checkpoint.params()
+    d = dataclasses.replace(checkpoint.spec, target="norm_pixel")
+    model, params = d.mae(position_params=True), checkpoint.params()
     noise = expected["noise"]
     masking = masking_from_scores(noise, num_kept(noise.shape[1], d.mask_ratio))
     schedule = optimizers.warmup_cosine(base_lr=2.56, batch_size=1, warmup_steps=3, total_steps=10)
@@ -76,12 +76,14 @@ def test_ten_adamw_steps_track_the_losses_of_pytorch(checkpoint, expected):
     @jax.jit
     def step(params, state):
         def loss_fn(params):
-            return model.apply({"params": params}, expected["images"], masking).loss.mean()
+            output = model.apply({"params": merge(params, tables)}, expected["images"], masking)
+            return output.loss.mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    params, tables = split(params, lambda path: not path.endswith("pos_embed"))
     state, losses = optimizer.init(params), []
     for _ in range(10):
         params, state, loss = step(params, state)

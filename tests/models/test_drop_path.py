@@ -199,7 +199,7 @@ def test_frozen_blocks_drop_nothing_and_the_others_keep_their_own_scales(stack, 
 
 
 def test_a_classifier_without_scales_drops_nothing():
-    encoder = ViT((8, 8), 4, 1, 8, 2, 2, train_positions=True, final_norm=False)
+    encoder = ViT((8, 8), 4, 1, 8, 2, 2, position_params=True, final_norm=False)
     model = Classifier(encoder, 3, "mean", head_std=1.0)
     images = np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

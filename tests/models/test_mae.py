@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 
 from mae_jax.models import flops
-from mae_jax.models.mae import create_mae, masked_loss
+from mae_jax.models.mae import masked_loss
 from mae_jax.models.masking import num_kept, sample_masking
-from mae_jax.models.vit import create_vit
+from mae_jax.models.spec import ModelSpec
+from mae_jax.models.vit import VARIANTS
 
 DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
 
 
-def create(variant, patch_size, target="norm_pixel", **changes):
-    decoder = {name: changes.pop(name, value) for name, value in DECODER.items()}
-    arguments = {"image_size": (224, 224), "channels": 3, "dtype": jnp.float32, **changes}
-    encoder = create_vit(variant=variant, patch_size=patch_size, **arguments)
-    return create_mae(encoder, target=target, **decoder)
+def create(variant, patch_size, **changes):
+    shape = VARIANTS[variant]._asdict() | {"image_size": (224, 224), "channels": 3} | DECODER
+    return ModelSpec(patch_size=patch_size, target="norm_pixel", **shape | changes).mae()
 
 
 def masks(model, count, seed=0, ratio=0.75):
@@ -59,6 +58,8 @@ def small():
         *("ti", 4),
         image_size=(8, 16),
         channels=2,
+        mean=(0.5, 0.5),
+        std=(0.2, 0.2),
         width=32,
         depth=2,
         heads=4,

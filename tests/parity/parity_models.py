@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mae_jax.interop.build import build_mae
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_hugging_face
 from mae_jax.interop.names import from_hugging_face
 from mae_jax.interop.weights import to_official
 from mae_jax.models.masking import masking_from_scores, num_kept
+from mae_jax.models.spec import ModelSpec
 
-TINY = Description(
+TINY = ModelSpec(
     image_size=(48, 48),
     patch_size=8,
     channels=3,
@@ -34,7 +33,7 @@ TINY = Description(
 
 def of_size(width, depth, heads, patch_size, decoder_depth, target="norm_pixel"):
     """A model of the paper, with as many blocks as asked for."""
-    return Description(
+    return ModelSpec(
         (224, 224), patch_size, 3, width, depth, heads, 512, decoder_depth, 16, target, 0.75
     )
 
@@ -44,12 +43,8 @@ BASE = of_size(768, 12, 12, 16, decoder_depth=8)
 
 def random_params(d, seed=0):
     """Every parameter random, biases and norms included, so that each of them counts."""
-    model = build_mae(d)
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), images_of(d, 1), masking_of(d, noise_of(d, 1))
-    )
     rng = np.random.default_rng(seed)
-    flat = flatten_dict(shapes["params"], sep="/")
+    flat = flatten_dict(d.abstract_params(), sep="/")
     values = {}
     for path, leaf in flat.items():
         x = rng.standard_normal(leaf.shape, np.float32)
@@ -83,7 +78,7 @@ def masking_of(d, noise):
 
 def ours(d, params, images, noise):
     """loss, predictions, mask and gradients under official names."""
-    model = build_mae(d)
+    model = d.mae(position_params=True)
     masking = masking_of(d, noise)
 
     def loss_fn(params):
@@ -100,9 +95,7 @@ def ours(d, params, images, noise):
 
 
 def official_gradients(grads, d):
-    tensors = to_official(
-        grads, image_size=d.image_size, patch_size=d.patch_size, channels=d.channels
-    )
+    tensors = to_official(grads, d)
     return {name: x for name, x in tensors.items() if not name.endswith("pos_embed")}
 
 

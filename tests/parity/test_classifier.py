@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from parity_models import TINY, images_of, import_timm, of_size, random_params
 
-from mae_jax.interop.build import build_classifier, classify_function, model_params
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import CLASSIFIER_FILE, export_encoder, export_hugging_face
+from mae_jax.models.inference import classify_function
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -42,7 +42,7 @@ def classifier(d, pool):
 
 
 def our_logits(d, params, images):
-    return np.asarray(build_classifier(d).apply({"params": params}, images))
+    return np.asarray(d.classifier().apply({"params": params}, images))
 
 
 def torch_pixels(images):
@@ -115,11 +115,10 @@ def test_a_pth_saved_from_timm_is_the_same_classifier_here_on_pixels(pool, tmp_p
     model = timm_model(d, tmp_path / CLASSIFIER_FILE)
     torch.save({"model": model.state_dict(), "epoch": 99}, tmp_path / "finetuned.pth")
     checkpoint = open_checkpoint(tmp_path / "finetuned.pth", heads=d.heads)
-    assert checkpoint.trained_positions
-    assert (checkpoint.description.pool, checkpoint.description.classes) == (pool, CLASSES)
+    assert (checkpoint.spec.pool, checkpoint.spec.classes) == (pool, CLASSES)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3)).astype(np.uint8)
     images = (pixels / 255 - np.asarray(d.mean)) / np.asarray(d.std)
-    ours = classify_function(checkpoint.description)(model_params(checkpoint), pixels)
+    ours = classify_function(checkpoint.spec)(checkpoint.params(decoder=False), pixels)
     theirs = timm_logits(model, images.astype(np.float32))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -140,6 +139,6 @@ def test_logits_of_the_class_token_are_those_of_transformers(d, tmp_path):
     np.testing.assert_allclose(our_logits(d, params, images), theirs, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path / "again")
     again = open_checkpoint(tmp_path / "again", mean=d.mean, std=d.std)
-    assert again.description == dataclasses.replace(d, target="", mask_ratio=0.0)
+    assert again.spec == dataclasses.replace(d, target="", mask_ratio=0.0)
     for name, x in open_checkpoint(tmp_path).tensors.items():
         np.testing.assert_array_equal(again.tensors[name], x)

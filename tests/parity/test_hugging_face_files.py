@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from parity_models import TINY, images_of, noise_of, random_params, theirs, transformers_mae
 
-from mae_jax.interop.build import build_encoder
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_hugging_face
 from mae_jax.interop.load import load_into
@@ -23,10 +22,7 @@ def assert_same_weights(params, others):
 
 
 def flat(params):
-    d = TINY
-    tensors = to_official(
-        params, image_size=d.image_size, patch_size=d.patch_size, channels=d.channels
-    )
+    tensors = to_official(params, TINY)
     return [tensors[name] for name in sorted(tensors)]
 
 
@@ -46,8 +42,8 @@ def test_every_spelling_of_transformers_is_read_bit_for_bit(writer, tmp_path):
         torch.save(tensors, folder / "pytorch_model.bin")
     checkpoint = open_checkpoint(folder)
     assert_same_weights(params, checkpoint.params())
-    d = dataclasses.replace(TINY, mean=checkpoint.description.mean, std=checkpoint.description.std)
-    assert checkpoint.description == d
+    d = dataclasses.replace(TINY, mean=checkpoint.spec.mean, std=checkpoint.spec.std)
+    assert checkpoint.spec == d
 
 
 def test_encoder_only_folder_loads_as_vit_mae_model_and_as_vit(tmp_path):
@@ -64,7 +60,7 @@ def test_encoder_only_folder_loads_as_vit_mae_model_and_as_vit(tmp_path):
     images = images_of(d, 2)
     with torch.no_grad():
         tokens = vit.eval()(torch.tensor(images.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
-    ours = np.asarray(build_encoder(d).apply({"params": encoder["encoder"]}, images))
+    ours = np.asarray(d.encoder(position_params=True).apply({"params": encoder["encoder"]}, images))
     np.testing.assert_allclose(ours, tokens, atol=1e-4)
 
 
@@ -81,29 +77,6 @@ def test_the_image_processor_has_our_size_and_statistics(tmp_path):
     ready = np.asarray(processor(pixels, return_tensors="np")["pixel_values"])[0]
     expected = (pixels / 255 - np.asarray(d.mean)) / np.asarray(d.std)
     np.testing.assert_allclose(ready.transpose(1, 2, 0), expected, atol=1e-5)
-
-
-def test_transformers_own_random_start_is_refused_where_it_would_hurt(tmp_path):
-    """Its position tables are zeros, which no model here has."""
-    config = transformers.ViTMAEConfig(
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=256,
-        image_size=48,
-        patch_size=8,
-        decoder_hidden_size=32,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=128,
-        norm_pix_loss=True,
-    )
-    transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    if not (checkpoint.trained_positions or checkpoint.trained_decoder_positions):
-        pytest.skip("this version of transformers starts from the sine-cosine tables")
-    with pytest.raises(ValueError, match="position"):
-        load_into(random_params(TINY), tmp_path, TINY)
 
 
 def test_predictions_survive_the_way_there_and_back(tmp_path):

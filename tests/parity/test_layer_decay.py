@@ -9,6 +9,7 @@ from parity_models import import_timm
 
 from mae_jax.interop.names import official_name
 from mae_jax.interop.weights import from_official, to_official
+from mae_jax.models.spec import ModelSpec
 from mae_jax.train import optimizers
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
@@ -38,7 +39,7 @@ def timm_settings(model, layer_decay):
 def our_settings(model, depth, layer_decay):
     """As `timm_settings`, of our classifier with the parameters of timm's."""
     tensors = {n: np.zeros(p.shape, np.float32) for n, p in model.named_parameters()}
-    params = from_official(tensors, keep_positions=True)
+    params = from_official(tensors)
     scales = flatten_dict(optimizers.layer_scales(params, depth, layer_decay), sep="/")
     decays = flatten_dict(optimizers.decays_in_fine_tuning(params), sep="/")
     return {official_name(path): (scales[path], decays[path]) for path in scales}
@@ -130,12 +131,12 @@ def test_steps_of_adamw_with_layer_decay_are_pytorchs():
         updates, state = ours.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = from_official(start, keep_positions=True)
+    params = from_official(start)
     state = ours.init(params)
     for gradient in gradients:
-        params, state = step(params, state, from_official(gradient, keep_positions=True))
+        params, state = step(params, state, from_official(gradient))
 
-    got = to_official(params, **size)
+    got = to_official(params, ModelSpec(**size, width=0, depth=0, heads=1))
     for name, p in model.named_parameters():
         expected = p.detach().numpy()
         np.testing.assert_allclose(got[name], expected, rtol=2e-5, atol=2e-6, err_msg=name)

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from parity_models import BASE, images_of, import_timm, of_size, random_params
 
-from mae_jax.interop.build import build_encoder
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import ENCODER_FILE, export_encoder
 from mae_jax.interop.load import load_into
+from mae_jax.models.spec import ModelSpec
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 timm = import_timm()
 
-OTHER = Description(
+OTHER = ModelSpec(
     image_size=(40, 64),
     patch_size=8,
     channels=5,
@@ -33,7 +32,7 @@ OTHER = Description(
 
 
 def our_features(d, params, images):
-    return np.asarray(build_encoder(d).apply({"params": params["encoder"]}, images))
+    return np.asarray(d.encoder(position_params=True).apply({"params": params["encoder"]}, images))
 
 
 def timm_features(model, images):

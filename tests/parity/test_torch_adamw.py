@@ -13,8 +13,8 @@ from parity_models import (
     transformers_mae,
 )
 
-from mae_jax.interop.build import build_mae
 from mae_jax.train import optimizers
+from mae_jax.train.state import merge, split
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch")
 
@@ -50,7 +50,7 @@ def test_ten_steps_track_pytorch_losses(tmp_path):
         optimizer.step()
         their_losses.append(loss.item())
 
-    model = build_mae(d)
+    model = d.mae(position_params=True)
     ours = optimizers.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
 
     @jax.jit
@@ -58,12 +58,14 @@ def test_ten_steps_track_pytorch_losses(tmp_path):
         masking = masking_of(d, noise)
 
         def loss_fn(params):
-            return model.apply({"params": params}, images, masking).loss.mean()
+            variables = {"params": merge(params, tables)}
+            return model.apply(variables, images, masking).loss.mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, state = ours.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    params, tables = split(params, lambda path: not path.endswith("pos_embed"))
     state, losses = ours.init(params), []
     for images, noise in batches:
         params, state, loss = step(params, state, images, noise)

@@ -8,7 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mae_jax.models.classifier import Classifier
-from mae_jax.models.vit import VARIANTS, ViT, create_vit
+from mae_jax.models.spec import ModelSpec
+from mae_jax.models.vit import VARIANTS, ViT
 from mae_jax.train.optimizers import (
     adamw,
     decays,
@@ -188,16 +189,8 @@ def test_lars_does_not_change_with_the_scale_of_a_matrix_gradient():
 def classifier_shapes(variant, pool, patch_size=16):
     """Path -> shape of each parameter of a classifier on 2 x 2 patches."""
     size = 2 * patch_size
-    encoder = create_vit(
-        variant=variant,
-        patch_size=patch_size,
-        image_size=(size, size),
-        channels=3,
-        train_positions=True,
-        final_norm=pool == "cls",
-    )
-    model = Classifier(encoder, 10, pool)
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    spec = ModelSpec((size, size), patch_size, 3, *VARIANTS[variant], pool=pool, classes=10)
+    return spec.abstract_params()
 
 
 # mae.md 2.3: patch size, decay, and scales of embedding, first block, last block.
@@ -270,7 +263,7 @@ def test_fine_tuning_decays_weights_of_linear_layers_alone():
 
 def test_layer_decay_scales_learning_rate_weight_decay_and_its_end():
     """AdamW whose learning rate differs from layer to layer, as PyTorch's groups have it."""
-    encoder = ViT((4, 4), 4, 1, width=8, depth=2, heads=2, train_positions=True, final_norm=False)
+    encoder = ViT((4, 4), 4, 1, width=8, depth=2, heads=2, position_params=True, final_norm=False)
     model = Classifier(encoder, 3, "mean")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
     rng = np.random.default_rng(0)

@@ -18,19 +18,19 @@ import numpy as np
 import parity_models as parity
 import torch
 
-from mae_jax.interop.description import Description
 from mae_jax.interop.export import export_encoder
 from mae_jax.interop.weights import to_official
+from mae_jax.models.spec import ModelSpec
 from mae_jax.train.optimizers import warmup_cosine
 
 HERE = pathlib.Path(__file__).parent
-D = Description((24, 24), 8, 3, 32, 2, 4, 16, 1, 2, "norm_pixel", 0.6)
+D = ModelSpec((24, 24), 8, 3, 32, 2, 4, 16, 1, 2, "norm_pixel", 0.6)
 STEPS = 10
 
 
 def main() -> None:
     params = parity.random_params(D)
-    tensors = to_official(params, image_size=D.image_size, patch_size=8, channels=3)
+    tensors = to_official(params, D)
     state = {name: torch.tensor(x) for name, x in tensors.items()}
     args = argparse.Namespace(model="mae", lr=1e-3)
     optimizer = {"state": {0: {"exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 1e-3}]}

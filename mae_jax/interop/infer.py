@@ -1,0 +1,120 @@
+"""What tensors tell of their model, and what has to be said beside them."""
+
+import math
+import re
+
+from mae_jax import UserError
+from mae_jax.interop.names import Tensors, is_decoder
+from mae_jax.models.spec import ModelSpec
+from mae_jax.models.vit import VARIANTS
+
+# Heads follow from the width in every published model.
+_HEADS = {shape.width: shape.heads for shape in VARIANTS.values()}
+_DECODER_HEADS = {512: 16}
+
+
+def infer_spec(
+    tensors: Tensors, where: str, fallback: ModelSpec | None = None, **stated: object
+) -> ModelSpec:
+    """Reads the description of a model off official tensors.
+
+    The heads of a decoder of unusual width stay unknown (0): whoever builds it has to ask.
+
+    Args:
+      fallback: a model whose heads, image shape and statistics are taken where nothing else tells
+        them: the one the weights are loaded into.
+      stated: fields that the file's config tells, or its user; they are believed, and a tensor of
+        another shape is an error.
+
+    Raises:
+      UserError: `where` is not a ViT or MAE of ours, or something cannot be known.
+    """
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+        if name not in tensors:
+            raise UserError(
+                f"{where}: no tensor {name}, so this is not a ViT of MAE. It holds {_some(tensors)}"
+            )
+    kernel = tensors["patch_embed.proj.weight"].shape
+    if len(kernel) != 4 or kernel[2] != kernel[3]:
+        raise UserError(f"{where}: patch_embed.proj.weight is {kernel}, not [D, C, p, p]")
+    width, channels, patch_size, _ = kernel
+    found: dict[str, object] = {
+        "patch_size": patch_size,
+        "channels": channels,
+        "width": width,
+        "depth": _depth(tensors, "blocks"),
+    }
+    if "mask_token" in tensors:
+        found["decoder_width"] = tensors["mask_token"].shape[-1]
+        found["decoder_depth"] = _depth(tensors, "decoder_blocks")
+    if "head.weight" in tensors:
+        found["classes"] = tensors["head.weight"].shape[0]
+        pools = ("mean",) if "fc_norm.weight" in tensors else ("cls", "normed_mean")
+        stated_pool = stated.get("pool")
+        found["pool"] = stated_pool if stated_pool in pools else pools[0]
+    for field, value in found.items():
+        if stated.get(field, value) != value:
+            raise UserError(
+                f"{where}: {field} is {value} in the tensors and {stated[field]} in what is said "
+                "of them"
+            )
+    fields = {**found, **stated}
+    patches = tensors["pos_embed"].shape[1] - 1
+    if "image_size" not in fields:
+        fields["image_size"] = _image_size(patches, patch_size, where, fallback)
+    if "heads" not in fields:
+        fields["heads"] = _HEADS.get(width)
+        if fields["heads"] is None and fallback and fallback.width == width:
+            fields["heads"] = fallback.heads
+        if fields["heads"] is None:
+            raise UserError(
+                f"{where}: the number of attention heads cannot be read off tensors of width "
+                f"{width}; give heads"
+            )
+    if decoder_width := found.get("decoder_width"):
+        same = fallback and fallback.decoder_width == decoder_width
+        default = fallback.decoder_heads if same else 0
+        heads = _DECODER_HEADS.get(decoder_width, default)
+        fields["decoder_heads"] = fields.get("decoder_heads") or heads
+    if channels != 3 and not {"mean", "std"} <= fields.keys():
+        if fallback and fallback.channels == channels:
+            fields |= {"mean": fallback.mean, "std": fallback.std}
+        elif fallback:  # other channels are adapted; nothing is computed with these
+            fields |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        else:
+            raise UserError(
+                f"{where}: {channels} input channel(s), and the file does not say how they are "
+                "normalised; give mean and std, one value per channel"
+            )
+    spec = ModelSpec(**fields)
+    if patches != spec.grid[0] * spec.grid[1]:
+        raise UserError(
+            f"{where}: pos_embed has {patches} patches, an image of {spec.image_size} in "
+            f"patches of {spec.patch_size} has {spec.grid}"
+        )
+    return spec
+
+
+def _image_size(
+    patches: int, patch_size: int, where: str, fallback: ModelSpec | None
+) -> tuple[int, int]:
+    side = math.isqrt(patches)
+    if side**2 == patches:  # first, so that fitting it to a rectangle is reported
+        return side * patch_size, side * patch_size
+    if fallback and fallback.grid[0] * fallback.grid[1] == patches:
+        return fallback.grid[0] * patch_size, fallback.grid[1] * patch_size
+    raise UserError(
+        f"{where}: {patches} patches are not a square and the file does not say how they lie; give "
+        "image_size as height,width"
+    )
+
+
+def _depth(tensors: Tensors, stack: str) -> int:
+    numbers = {int(m.group(1)) for n in tensors if (m := re.match(rf"{stack}\.(\d+)\.", n))}
+    return max(numbers, default=-1) + 1
+
+
+def _some(tensors: Tensors) -> str:
+    names = sorted(tensors, key=is_decoder)
+    shown = ", ".join(names[:4])
+    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})"

@@ -1,0 +1,101 @@
+"""Models applied to pixels: pure functions of parameters and uint8 images.
+
+Parameters hold the position table (`position_params`), so one function serves fixed positions,
+trained ones, and those of another image size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax import UserError
+from mae_jax.models.classifier import pool_tokens
+from mae_jax.models.spec import ModelSpec
+
+Params = dict[str, Any]
+Features = dict[str, jax.Array]
+
+
+def classify_function(
+    spec: ModelSpec, dtype: jnp.dtype = jnp.float32
+) -> Callable[[Params, jax.Array], jax.Array]:
+    """(parameters, images [B, H, W, C] uint8) -> logits [B, K] float32.
+
+    Raises:
+      UserError: there is no head.
+    """
+    model = spec.classifier(dtype=dtype)
+
+    def classify(params: Params, images: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, _normalize(images, spec))
+
+    return classify
+
+
+def features_function(
+    spec: ModelSpec, *, block: int = 0, dtype: jnp.dtype = jnp.float32
+) -> Callable[[Params, jax.Array], Features]:
+    """(parameters, images [B, H, W, C] uint8) -> features, float32.
+
+    Args:
+      block: the number of blocks to run, 1 to depth; 0 runs all. The final norm follows whichever
+        block is the last (as timm's `forward_intermediates(norm=True)`); weights fine-tuned on the
+        mean token have no final norm, so nothing follows.
+
+    Returns:
+      a function that gives {"cls": [B, D], "mean": [B, D] over patches, "tokens": [B, 1 + L, D]},
+      and "logits" [B, K] where there is a head and all blocks run. Where the head has a norm of
+      its own (`fc_norm`), "mean" has passed it.
+
+    Raises:
+      UserError: there is no such block.
+    """
+    if not 0 <= block <= spec.depth:
+        raise UserError(f"block {block}: the encoder has blocks 1 to {spec.depth}")
+    if spec.classes and block in (0, spec.depth):
+        return _classifier_features(spec, dtype)
+    encoder = spec.encoder(depth=block, dtype=dtype, position_params=True)
+
+    def features(params: Params, images: jax.Array) -> Features:
+        return _pooled(encoder.apply({"params": params["encoder"]}, _normalize(images, spec)))
+
+    return features
+
+
+def _classifier_features(
+    spec: ModelSpec, dtype: jnp.dtype
+) -> Callable[[Params, jax.Array], Features]:
+    model = spec.classifier(dtype=dtype)
+
+    def features(params: Params, images: jax.Array) -> Features:
+        logits, inside = model.apply(
+            {"params": params},
+            _normalize(images, spec),
+            capture_intermediates=lambda module, _: module.name in ("encoder", "fc_norm"),
+            mutable=["intermediates"],
+        )
+        seen = {name: calls["__call__"][0] for name, calls in inside["intermediates"].items()}
+        values = _pooled(seen["encoder"])
+        if "fc_norm" in seen:
+            values["mean"] = seen["fc_norm"]
+        return {**values, "logits": logits}
+
+    return features
+
+
+def _pooled(tokens: jax.Array) -> Features:
+    """Tokens [B, 1 + L, D] and their two summaries, float32."""
+    return {
+        "cls": pool_tokens(tokens, "cls"),
+        "mean": pool_tokens(tokens, "mean"),
+        "tokens": tokens.astype(jnp.float32),
+    }
+
+
+def _normalize(images: jax.Array, spec: ModelSpec) -> jax.Array:
+    """uint8 [B, H, W, C] as float32 with the model's input statistics taken out."""
+    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std

@@ -1,0 +1,238 @@
+"""The one description of a model: it builds the model, and it is what files of weights carry."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mae_jax import UserError
+from mae_jax.models.classifier import Classifier
+from mae_jax.models.mae import MAE, Decoder
+from mae_jax.models.masking import Masking
+from mae_jax.models.targets import TARGETS
+from mae_jax.models.vit import VARIANTS, ViT
+
+# Mean and deviation of ImageNet's pixels in [0, 1]: what MAE models are trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+METADATA_KEY = "mae_jax"
+POOLS = ("", "mean", "cls", "normed_mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model, as far as its builders, its weights and their users need to know it.
+
+    Attributes:
+      image_size: height and width in pixels.
+      decoder_depth: 0 where there is no decoder.
+      decoder_heads: 0 where there is no decoder, or where nobody knows.
+      target: a name in `models.targets.TARGETS`; empty where nothing is known of the decoder.
+      mask_ratio: share of patches removed in pretraining; 0 where unknown.
+      mean, std: statistics of pixels in [0, 1] taken out of the input, one value per channel.
+      pool: what a classifier's head reads, see `models.classifier.Classifier`; empty: no head.
+      classes: outputs of the head, 0 where there is none.
+      class_names: of the classes in their order; empty where nobody knows.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    decoder_width: int = 0
+    decoder_depth: int = 0
+    decoder_heads: int = 0
+    target: str = ""
+    mask_ratio: float = 0.0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    pool: str = ""
+    classes: int = 0
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(side % self.patch_size for side in self.image_size):
+            raise UserError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if self.heads < 1 or self.width % self.heads:
+            raise UserError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.decoder_heads and self.decoder_width % self.decoder_heads:
+            raise UserError(
+                f"decoder_width {self.decoder_width} is not divisible by decoder_heads "
+                f"{self.decoder_heads}"
+            )
+        if self.target not in ("", *TARGETS):
+            raise UserError(f"target {self.target!r}: choose one of {', '.join(TARGETS)}")
+        if self.pool not in POOLS:
+            raise UserError(f"pool {self.pool!r}: choose one of {', '.join(POOLS[1:])}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise UserError(
+                f"mean {self.mean} and std {self.std} need one value for each of "
+                f"{self.channels} channel(s)"
+            )
+        if self.class_names and len(self.class_names) != self.classes:
+            raise UserError(f"{len(self.class_names)} class names for {self.classes} classes")
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], classes: int = 0, class_names: Sequence[str] = ()
+    ) -> "ModelSpec":
+        """The model of a run's config, live or read back from JSON.
+
+        Args:
+          classes: of a classifier's data; 0 describes the encoder alone.
+        """
+        model, data = config["model"], config["data"]
+        shape = VARIANTS[model["variant"]]
+        size = model["image_size"]
+        size = (size,) if isinstance(size, int) else tuple(size)
+        task = config.get("task", "pretrain")
+        if task == "pretrain":
+            decoder = config["decoder"]
+            own = {f"decoder_{name}": decoder[name] for name in ("width", "depth", "heads")}
+            own |= {"target": config["target"], "mask_ratio": config["mask"]["ratio"]}
+        elif classes:
+            own = {"pool": config["head"]["pool"], "classes": classes}
+            own["class_names"] = tuple(class_names)
+            if task == "linear_probe" and own["pool"] == "mean":
+                own["pool"] = "normed_mean"  # a probe reads pretrained features as they are
+        else:
+            own = {}
+        return cls(
+            image_size=(size[0], size[-1]),
+            patch_size=model["patch_size"],
+            channels=model["channels"],
+            width=model["width"] or shape.width,
+            depth=model["depth"] or shape.depth,
+            heads=model["heads"] or shape.heads,
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            **own,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def summary(self) -> str:
+        """The feature that stands for an image, `cls` or `mean`: what the head reads, else cls."""
+        return "mean" if self.pool.endswith("mean") else "cls"
+
+    def without_decoder(self) -> "ModelSpec":
+        """The encoder, with its head where there is one."""
+        return dataclasses.replace(self, decoder_width=0, decoder_depth=0, decoder_heads=0)
+
+    # Models. `how` they are computed (dtype, stacking, remat ...) are further attributes of `ViT`
+    # and, where it shares them, `Decoder`.
+
+    def encoder(self, *, depth: int = 0, **how: Any) -> ViT:
+        """The encoder, or its first `depth` blocks.
+
+        The final norm follows the last of them, except where a head reads the mean token through
+        a norm of its own: such models have none.
+        """
+        return ViT(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            channels=self.channels,
+            width=self.width,
+            depth=depth or self.depth,
+            heads=self.heads,
+            final_norm=self.pool != "mean",
+            **how,
+        )
+
+    def mae(self, **how: Any) -> MAE:
+        """The encoder and decoder.
+
+        Raises:
+          UserError: there is no decoder, or something of it is not known.
+        """
+        if not self.decoder_depth:
+            raise UserError("these weights have no decoder: take a full checkpoint")
+        if not self.decoder_heads:
+            raise UserError(
+                "the number of the decoder's attention heads cannot be read off tensors of width "
+                f"{self.decoder_width}; give decoder_heads"
+            )
+        if not self.target:
+            raise UserError(
+                "the file does not say what its decoder predicts: give target=norm_pixel (official "
+                "*_full.pth) or target=pixel (official mae_visualize_*.pth)"
+            )
+        decoder = Decoder(
+            grid=self.grid,
+            patch_values=self.patch_size**2 * self.channels,
+            width=self.decoder_width,
+            depth=self.decoder_depth,
+            heads=self.decoder_heads,
+            **how,
+        )
+        return MAE(encoder=self.encoder(**how), decoder=decoder, target=self.target)
+
+    def classifier(self, *, head_std: float = 2e-5, **how: Any) -> Classifier:
+        """The encoder with its head; the position table is a parameter.
+
+        Raises:
+          UserError: there is no head.
+        """
+        if not self.classes:
+            raise UserError(
+                "these weights have no head: they tell no classes. Take those of a fine-tuned "
+                "model, or fine-tune or probe these (tasks finetune, linear_probe)"
+            )
+        encoder = self.encoder(position_params=True, **how)
+        return Classifier(encoder, self.classes, self.pool, head_std)
+
+    def abstract_params(self) -> dict[str, Any]:
+        """Shapes of the parameters, the position tables among them."""
+        key = jax.random.key(0)
+        images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
+        if self.decoder_depth:  # shapes depend neither on heads nor on the mask
+            known = {"decoder_heads": self.decoder_heads or 1, "target": self.target or "pixel"}
+            model = dataclasses.replace(self, **known).mae(position_params=True)
+            ids = jnp.zeros((1, self.grid[0] * self.grid[1]), jnp.int32)
+            return jax.eval_shape(model.init, key, images, Masking(ids[:, :1], ids, ids))["params"]
+        if self.classes:
+            return jax.eval_shape(self.classifier().init, key, images)["params"]
+        encoder = self.encoder(position_params=True)
+        return {"encoder": jax.eval_shape(encoder.init, key, images)["params"]}
+
+    # Files.
+
+    def to_json(self) -> str:
+        """For `from_json`; a field that is younger than others is there only where it is used."""
+        fields = dataclasses.asdict(self)
+        if not self.class_names:
+            del fields["class_names"]
+        return json.dumps(fields)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The header of a safetensors file; transformers 4 opens none without `format: pt`."""
+        return {"format": "pt", METADATA_KEY: self.to_json()}
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelSpec":
+        """The inverse of `to_json`.
+
+        Raises:
+          UserError: it was written by another version, or damaged.
+        """
+        try:
+            fields = json.loads(text)
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(**fields)
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"the description of the model cannot be read ({error}); it is damaged, or of a "
+                "newer version of mae_jax: update"
+            ) from error
