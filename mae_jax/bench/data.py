@@ -1,158 +1,135 @@
-"""How fast the input pipeline is, beside a plain Pillow + NumPy pipeline that does the same work.
+"""How fast the input pipeline is, and how true, beside the same work done with Pillow alone.
 
-The plain one reads the same records, decodes with Pillow, draws the same crops and resizes with
-Pillow's antialiased bicubic, in as many threads; RandAugment is the same code in both. The two
-take turns, round by round, because other work on the machine disturbs both; CPU-seconds are
-disturbed least.
+Both ways to resize (`data.resize`) and the plain one fill the same batches, with the same crops, in
+the same threads or workers; RandAugment is the same code. They take turns, round by round, because
+other work on the machine disturbs all; CPU-seconds are disturbed least.
 """
 
-import concurrent.futures
 import dataclasses
 import io
 import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mae_jax import UserError
 from mae_jax.config import validate
-from mae_jax.data.pipeline import example_index, example_rng, train_batches
-from mae_jax.data.sources import Record, Source
-from mae_jax.data.transforms import TrainTransform
+from mae_jax.data.pipeline import example_index, example_rng
+from mae_jax.data.record import Record
+from mae_jax.data.splits import Splits
+from mae_jax.data.transforms import RESIZES, TrainTransform
 from mae_jax.tasks.inputs import open_splits
 
-ROUNDS = 7
+ROUNDS = 5
 STEPS = 4  # batches in a round
 WORKER_ROUND = 5  # times as many for every worker process
 LARGEST_BATCH = 128  # a round should take about a second
 COMPARED = 128  # crops whose pixels are compared
+HALF_NYQUIST = (0.2, 0.3)  # cycles a pixel: the band about half the highest frequency
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one round took."""
+class Plain(TrainTransform):
+    """A `TrainTransform` made of Pillow alone."""
 
-    images: int
-    wall: float  # seconds
-    cpu: float  # seconds of all threads and ended child processes
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns "image"."""
+        if isinstance(record.image, bytes):
+            image = Image.open(io.BytesIO(record.image))
+        else:
+            image = Image.fromarray(record.image.squeeze())
+        if record.upright:
+            image = ImageOps.exif_transpose(image)
+        image = image.convert("RGB" if self.channels == 3 else "L")
+        top, left, h, w = self.box(rng, image.height, image.width)
+        corners = (left, top, left + w, top + h)
+        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=corners)
+        pixels = np.asarray(image).reshape(*self.size, self.channels)
+        return {"image": self.randaugment(pixels, rng) if self.randaugment else pixels}
 
 
 def main(config: ConfigDict) -> None:
-    """Prints rates, their ratio, and how far the pixels of the two pipelines lie apart.
+    """Prints for each way its rate, its price, and how far its pixels lie from the plain one's.
 
     Raises:
       UserError: a config that cannot run, or channels that Pillow does not have.
     """
     validate(config)
-    data, model = config.data, config.model
-    if model.channels not in (1, 3):
-        raise UserError(f"model.channels = {model.channels}: the plain pipeline reads 1 or 3")
+    if config.model.channels not in (1, 3):
+        raise UserError(f"model.channels={config.model.channels}: the plain way reads 1 or 3")
     splits = open_splits(config)
-    source, transform = splits.train, splits.train_transform
-    height, width = transform.size
-    batch_size = min(config.batch_size, LARGEST_BATCH)
-    threads = data.threads or os.cpu_count()
-
-    def ours(start_step: int, steps: int, rows: int = batch_size) -> Cost:
-        def run() -> None:
-            batches = train_batches(
-                source,
-                transform,
-                seed=config.seed,
-                batch_size=batch_size,
-                positions=np.arange(rows),
-                start_step=start_step,
-                end_step=start_step + steps,
-                workers=data.workers,
-                threads=threads,
-                prefetch=data.prefetch,
-                bad_records=data.bad_records,
-            )
-            with batches:
-                for _ in batches:
-                    pass
-
-        return _measure(run, steps * rows)
-
-    def plain(start_step: int, steps: int) -> Cost:
-        def row(g: int) -> np.ndarray:
-            record = source[example_index(config.seed, g, len(source))]
-            return plain_transform(record, transform, example_rng(config.seed, g))
-
-        def run() -> None:
-            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-                for step in range(start_step, start_step + steps):
-                    np.stack(list(pool.map(row, range(step * batch_size, (step + 1) * batch_size))))
-
-        return _measure(run, steps * batch_size)
-
+    splits = dataclasses.replace(splits, batch_size=min(config.batch_size, LARGEST_BATCH))
+    transform = splits.train_transform
+    ways = {name: dataclasses.replace(transform, resize=name) for name in RESIZES}
+    fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
+    ways["plain"] = Plain(**fields)
+    of_each = {name: dataclasses.replace(splits, train_transform=way) for name, way in ways.items()}
     # Worker processes cost seconds to start and a run lasts days: their start is taken out, as
-    # measured on a run that builds one row in each, and a round is longer, to drown its noise.
-    start_up = ours(0, data.workers, rows=1) if data.workers else Cost(0, 0.0, 0.0)
-    steps = STEPS * (1 + WORKER_ROUND * data.workers)
-    ours(0, 1), plain(0, 1)  # opens the files
-    rounds = []
-    for i in range(ROUNDS):
-        cost = ours(i * steps, steps)
-        cost = Cost(cost.images, cost.wall - start_up.wall, cost.cpu - start_up.cpu)
-        rounds.append((cost, plain(i * steps, steps)))
-
-    print(f"{len(source)} records of {source.name} {source.split!r}, {height} x {width} px")
+    # measured on a run that fills one row in each, and a round is longer, to drown its noise.
+    start_up = _cost(splits, 0, splits.workers, rows=1) if splits.workers else np.zeros(2)
+    steps = STEPS * (1 + WORKER_ROUND * splits.workers)
+    for each in of_each.values():
+        _cost(dataclasses.replace(each, workers=0), 0, 1)  # opens the files
+    images = steps * splits.batch_size
+    costs = [
+        {name: (_cost(s, i * steps, steps) - start_up) / images for name, s in of_each.items()}
+        for i in range(ROUNDS)
+    ]
+    source, (height, width) = splits.train, transform.size
     print(
-        f"batches of {batch_size}, {data.workers} workers, {threads} threads; "
-        f"median of {ROUNDS} rounds of {steps * batch_size} images"
+        f"{len(source)} records of {source.name} {source.split!r}, {height} x {width} px; batches "
+        f"of {splits.batch_size}, {splits.workers} workers, {splits.threads or os.cpu_count()} "
+        f"threads; median of {ROUNDS} rounds of {images} images"
     )
-    for name, costs in zip(("mae_jax", "plain"), zip(*rounds, strict=True), strict=True):
-        wall = statistics.median(c.images / c.wall for c in costs)
-        cpu = statistics.median(c.images / c.cpu for c in costs)
+    pixels = {name: _crops(splits, way) for name, way in ways.items()}
+    power = {name: sum(map(_power, crops)) for name, crops in pixels.items()}
+    print("        images/s  CPU-ms each  x plain  grey levels off  power at half Nyquist")
+    for name, crops in pixels.items():
+        rate = statistics.median(1 / cost[name][0] for cost in costs)
+        cpu = statistics.median(1e3 * cost[name][1] for cost in costs)
+        ratio = statistics.median(cost["plain"][1] / cost[name][1] for cost in costs)
+        off = np.mean([np.abs(a - b).mean() for a, b in zip(crops, pixels["plain"], strict=True)])
         print(
-            f"{name:8s} {wall:8.1f} images/s {cpu:8.1f} images/CPU-s {1e3 / cpu:6.2f} CPU-ms each"
+            f"{name:6s} {rate:9.1f} {cpu:12.2f} {ratio:8.2f} {off:16.2f} "
+            f"{power[name] / power['plain']:22.3f}"
         )
-    ratio = statistics.median(b.cpu / a.cpu for a, b in rounds)
-    print(f"ratio    {ratio:8.2f} x plain, per CPU-second")
-    difference = _difference(source, transform, config.seed)
-    print(f"pixels   {difference:8.2f} grey levels apart, mean of {COMPARED} crops")
 
 
-def plain_transform(
-    record: Record, transform: TrainTransform, rng: np.random.Generator
-) -> np.ndarray:
-    """What `transform` does, with Pillow alone. Returns uint8 [H, W, C]."""
-    if isinstance(record.image, bytes):
-        image = Image.open(io.BytesIO(record.image))
-    else:
-        image = Image.fromarray(record.image.squeeze())
-    image = image.convert("RGB" if transform.channels == 3 else "L")
-    top, left, h, w = transform.box(rng, image.height, image.width)
-    corners = (left, top, left + w, top + h)
-    image = image.resize(transform.size[::-1], Image.Resampling.BICUBIC, box=corners)
-    pixels = np.asarray(image).reshape(transform.shape)
-    return pixels if transform.randaugment is None else transform.randaugment(pixels, rng)
-
-
-def _difference(source: Source, transform: TrainTransform, seed: int) -> float:
-    """Mean absolute difference of the same crops before RandAugment, in grey levels."""
-    transform = dataclasses.replace(transform, randaugment=None)
-    differences = []
-    for g in range(COMPARED):
-        record = source[example_index(seed, g, len(source))]
-        a = transform(record, example_rng(seed, g)).astype(int)
-        b = plain_transform(record, transform, example_rng(seed, g))
-        differences.append(np.abs(a - b).mean())
-    return float(np.mean(differences))
-
-
-def _measure(run: Callable[[], None], images: int) -> Cost:
-    wall, cpu = time.perf_counter(), _cpu_seconds()
-    run()
-    return Cost(images, time.perf_counter() - wall, _cpu_seconds() - cpu)
+def _cost(splits: Splits, start_step: int, steps: int, rows: int | None = None) -> np.ndarray:
+    """Seconds on the wall, and of all threads and ended worker processes, of some batches: [2]."""
+    start = np.array([time.perf_counter(), _cpu_seconds()])
+    positions = np.arange(rows or splits.batch_size)
+    with splits.train_batches(positions, start_step, start_step + steps) as batches:
+        for _ in batches:
+            pass
+    return np.array([time.perf_counter(), _cpu_seconds()]) - start
 
 
 def _cpu_seconds() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usages)
+
+
+def _crops(splits: Splits, transform: TrainTransform) -> list[np.ndarray]:
+    """The first crops of the run without RandAugment, each [H, W, C] float."""
+    transform = dataclasses.replace(transform, randaugment=None)
+    source, seed = splits.train, splits.seed
+    indices = (example_index(seed, g, len(source)) for g in range(COMPARED))
+    return [
+        transform(source[index], example_rng(seed, g))["image"].astype(float)
+        for g, index in enumerate(indices)
+    ]
+
+
+def _power(image: np.ndarray) -> float:
+    """Power about half the highest frequency, in all directions, of the mean of the channels."""
+    gray = image.mean(axis=2)
+    window = np.outer(np.hanning(gray.shape[0]), np.hanning(gray.shape[1]))
+    power = np.abs(np.fft.fft2((gray - gray.mean()) * window)) ** 2  # [H, W]
+    y, x = (np.fft.fftfreq(side) for side in gray.shape)
+    radius = np.hypot(y[:, None], x)
+    return float(power[(radius >= HALF_NYQUIST[0]) & (radius < HALF_NYQUIST[1])].sum())
