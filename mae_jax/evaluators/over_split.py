@@ -1,10 +1,11 @@
 """The one way to run a function over a split: every example once, on every device, resumable."""
 
 import functools
+import io
+import itertools
 import json
 import pathlib
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -72,27 +73,24 @@ class OverSplit:
           batches: this process's rows (`positions`) of every batch.
           examples: in all of them, for the progress that is shown as `label`.
         """
-        remaining = iter(batches)
-        progress = _Progress(examples, label)
-        running: dict | None = None
-        problem: UserError | None = None
-        number = 0
-        with progress:
-            while True:
+        batches = iter(batches)
+        running, problem = None, None
+        with _progress(examples, label) as progress:
+            for number in itertools.count():
+                started = None
                 try:
-                    batch = next(remaining, None)
+                    batch = next(batches, None)
                 except UserError as error:  # a record; what was computed before it counts
                     batch, problem = None, error
-                started = None
                 if batch is not None:
                     batch = global_batch(dict(batch), self.positions, self.batch_size, self.mesh)
                     started = self._function(params, batch, np.int32(number))
                 if running is not None:
                     yield jax.device_get(running)
-                    progress.advance(min(number * self.batch_size, examples))
+                    progress.update(min(self.batch_size, examples - progress.n))
                 if started is None:
                     break
-                running, number = started, number + 1
+                running = started
         if problem is not None:
             raise problem
 
@@ -261,7 +259,6 @@ class Selection:
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
         self.name, self.split = source.name, source.split
-        self.num_classes, self.class_names = source.num_classes, source.class_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -269,44 +266,28 @@ class Selection:
     def __getitem__(self, index: int) -> Record:
         return self.source[int(self.indices[index])]
 
-    def identity(self) -> str:
-        """Of the source, and which records are taken."""
-        return f"{self.source.identity()} {np.asarray(self.indices).tolist()}"
+
+class _Log(io.TextIOBase):
+    """Makes log lines of what is written."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            logging.info("%s", line)
+        return len(text)
 
 
-class _Progress:
+def _progress(examples: int, label: str) -> tqdm:
     """A bar on a terminal, a line now and then in a log; nothing of what is quickly done."""
-
-    def __init__(self, examples: int, label: str):
-        first = jax.process_index() == 0
-        self._lines = first and not sys.stderr.isatty()
-        self._bar = tqdm(
-            total=examples,
-            desc=label,
-            unit="image",
-            dynamic_ncols=True,
-            leave=False,
-            delay=1.0,
-            disable=not first or self._lines,
-        )
-        self._examples, self._label = examples, label
-        self._started = self._told = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bar.close()
-
-    def advance(self, done: int) -> None:
-        """`done` examples in all."""
-        self._bar.update(done - self._bar.n)
-        now = time.monotonic()
-        if self._lines and now - self._told > LOG_EVERY_SECONDS and done < self._examples:
-            self._told = now
-            rate = done / (now - self._started)
-            logging.info(
-                "%s: %d of %d, %.0f images/s, left %s",
-                *(self._label, done, self._examples, rate),
-                tqdm.format_interval((self._examples - done) / rate),
-            )
+    look: dict[str, Any] = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, left {remaining}"
+        look = {"file": _Log(), "mininterval": LOG_EVERY_SECONDS, "bar_format": line}
+    return tqdm(
+        total=examples,
+        desc=label,
+        unit=" images",
+        leave=False,
+        delay=1.0,
+        disable=jax.process_index() != 0,
+        **look,
+    )
