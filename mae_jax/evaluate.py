@@ -7,7 +7,7 @@ exports, the official fine-tuned `.pth`, timm, Hugging Face. `--data` is a TFDS 
 `folder`. Top-1, top-5 and mean cross entropy over every record once, on all devices of this
 machine. The official weights score 83.66 (B), 85.95 (L) and 86.93 (H) on ImageNet.
 
-The paper's robustness benchmarks (table 13; its numbers are in `mae_jax/robustness.py`):
+The paper's robustness benchmarks (table 13; its numbers are in `mae_jax/evaluators/robustness.py`):
 
     python -m mae_jax.evaluate --weights=WEIGHTS --robustness=a --data_dir=TFDS_DIR
 
@@ -26,7 +26,6 @@ if __name__ == "__main__":
     raise SystemExit(start("evaluate"))
 
 import dataclasses
-import json
 import math
 import pathlib
 import statistics
@@ -40,7 +39,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mae_jax import UserError, cli
-from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
@@ -57,7 +55,7 @@ from mae_jax.evaluators.robustness import (
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.models.classifier import classification_sums
 from mae_jax.models.inference import classify_function
-from mae_jax.storage.files import read_json, write_atomically
+from mae_jax.storage.files import read_json, write_json
 
 COLUMNS = ("weights", "data", "images", "top-1 %", "top-5 %", "loss", "mCE %")
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
@@ -90,8 +88,7 @@ class Scorer:
         self._transform = EvalTransform(d.image_size, d.channels, crop_ratio=crop or None)
         self._params = replicate(checkpoint.params(decoder=False), mesh)
 
-        def score(inputs: tuple[Any, jax.Array], batch: dict, number: jax.Array) -> dict:
-            del number
+        def score(inputs: tuple[Any, jax.Array], batch: dict, _: jax.Array) -> dict:
             params, subset = inputs
             logits = classify(params, batch["image"])[:, subset]  # [B, S]
             labels = jnp.searchsorted(subset, batch["label"])  # [B], places in the subset
@@ -128,18 +125,10 @@ class Scorer:
         chosen = np.arange(classes, dtype=np.int32)
         if subset:
             chosen = occurring_classes(source, classes)
-        loading = eval_batches(
-            source,
-            self._transform,
-            batch_size=self._run.batch_size,
-            positions=self._run.positions,
-            classes=classes,
-        )
         inputs = self._params, chosen
-        with loading as batches:
-            scores, count = means(
-                self._run(inputs, batches, examples=len(source), label=source.name)
-            )
+        scores, count = means(
+            self._run.over(inputs, source, self._transform, label=source.name, classes=classes)
+        )
         if not math.isfinite(scores["loss"]):
             raise UserError(f"{source.name}: the loss is {scores['loss']}; try float32")
         return {**scores, "examples": count, "classes": len(chosen)}
@@ -168,12 +157,11 @@ def evaluate(
       all corruptions were run, and "markdown", a row below `HEADER`. Accuracies are fractions.
 
     Raises:
-      FileNotFoundError, UserError, UserError, DecodeError, LabelError: what is wrong with
-        the weights, the data or the options.
+      UserError: what is wrong with the weights, the data or the options.
     """
     if len(benchmark.data) > 1 and data_dir:
         require_present(benchmark.data, data_dir)
-    source = open_source(benchmark.data[0], data_dir, benchmark.split)  # before work is done
+    open_source(benchmark.data[0], data_dir, benchmark.split)  # is it there? before work is done
     checkpoint = cli.open_weights(weights, known)
     crop = crop or benchmark.crop
     scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
@@ -192,17 +180,21 @@ def evaluate(
         "settings": settings,
         "sets": _sets_done(output, settings),
     }
-    _write(output, result)  # a file that cannot be written is noticed now
+
+    def write() -> None:
+        if output:
+            write_json(output, result)
+
+    write()  # a file that cannot be written is noticed now
     for name in benchmark.data:
         if name in result["sets"]:
             continue
-        if name != benchmark.data[0]:
-            source = open_source(name, data_dir, benchmark.split)
+        source = open_source(name, data_dir, benchmark.split)
         scorer.check(source)
         result["sets"][name] = scorer(source, subset=benchmark.subset)
-        _write(output, result)
+        write()
     result |= _summary(checkpoint.source, benchmark, result["sets"])
-    _write(output, result)
+    write()
     return result
 
 
@@ -224,11 +216,6 @@ def _sets_done(output: str, settings: dict[str, Any]) -> dict[str, dict[str, flo
         file=sys.stderr,
     )
     return old["sets"]
-
-
-def _write(output: str, result: dict[str, Any]) -> None:
-    if output:
-        write_atomically(output, json.dumps(result, indent=2) + "\n")
 
 
 def _summary(

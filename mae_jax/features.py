@@ -30,7 +30,6 @@ import numpy as np
 
 from mae_jax import UserError, cli
 from mae_jax.data.folder import PictureFiles, list_pictures
-from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.record import DecodeError
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
@@ -77,8 +76,7 @@ def extract(
     if "logits" in kinds and not (d.classes and block in (0, d.depth)):
         raise UserError("--kind=logits: needs a classifier, and all of its blocks")
 
-    def features(params: Any, batch: dict, number: jax.Array) -> dict:
-        del number
+    def features(params: Any, batch: dict, _: jax.Array) -> dict:
         values = compute(params, batch["image"])
         return {kind: values[kind] for kind in kinds} | {"weight": batch["weight"]}
 
@@ -100,20 +98,14 @@ def extract(
             f"{folder} holds parts of another extraction (other {', '.join(sorted(parts.foreign))})"
             ". Delete it, or choose another --output"
         )
-    transform = EvalTransform(size=d.image_size, channels=d.channels)
     try:
         parts.compute(
             run,
             replicate(checkpoint.params(decoder=False), run.mesh),
             PictureFiles(root, names),
-            lambda some: eval_batches(
-                some,
-                transform,
-                batch_size=run.batch_size,
-                positions=run.positions,
-                bad_records=bad_records,
-            ),
+            EvalTransform(size=d.image_size, channels=d.channels),
             label="features",
+            bad_records=bad_records,
         )
     except DecodeError as error:
         raise DecodeError(

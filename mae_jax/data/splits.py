@@ -41,25 +41,22 @@ class Splits:
             start_step=start_step,
             end_step=end_step,
             workers=self.workers,
-            **self._loading,
+            **self.loading,
         )
 
     def eval_batches(self, positions: np.ndarray, batch_size: int) -> pipeline.Batches:
         """This process's rows of the evaluation split, every example once."""
-        return self.in_order(self.eval, positions, batch_size)
-
-    def in_order(self, source: Source, positions: np.ndarray, batch_size: int) -> pipeline.Batches:
-        """Every example of `source` once, cropped for evaluation."""
         return pipeline.eval_batches(
-            source,
+            self.eval,
             self.eval_transform,
             batch_size=batch_size,
             positions=positions,
-            **self._loading,
+            **self.loading,
         )
 
     @property
-    def _loading(self) -> dict:
+    def loading(self) -> dict:
+        """How `pipeline` is to load batches of either split."""
         names = ("bad_records", "classes", "threads", "prefetch")
         return {name: getattr(self, name) for name in names}
 

@@ -1,5 +1,6 @@
 """Features of a frozen encoder, computed once and kept in the workdir."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 import mae_jax
-from mae_jax.data import pipeline
+from mae_jax.data.pipeline import example_index
 from mae_jax.data.sources import Source
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import state_sharding
@@ -36,8 +37,7 @@ class CachedFeatures:
         self.train, self.eval, self.classes = data.train, data.eval, data.classes
         self._seed, self._batch_size = data.seed, task.batch_size
 
-        def features(frozen: Any, batch: dict, number: jax.Array) -> dict:
-            del number
+        def features(frozen: Any, batch: dict, _: jax.Array) -> dict:
             rest = {name: batch[name] for name in ("label", "weight")}
             return {"feature": task.features(frozen, batch["image"]), **rest}
 
@@ -60,8 +60,9 @@ class CachedFeatures:
                 run,
                 frozen,
                 source,
-                lambda some: data.in_order(some, run.positions, run.batch_size),
+                data.eval_transform,
                 label=f"features of {source.name} {source.split}",
+                **data.loading,
             )
             return {name: parts.array(name) for name in ARRAYS}
 
@@ -70,54 +71,46 @@ class CachedFeatures:
 
     def train_batches(self, positions: np.ndarray, start_step: int, end_step: int) -> "_Rows":
         """As `Splits.train_batches`, of "feature" [b, D] and "label" [b]."""
-        usable = np.flatnonzero(self._train_arrays["weight"])
+        arrays = self._train_arrays
+        usable = np.flatnonzero(arrays["weight"])
 
-        def batches() -> Iterator[dict[str, np.ndarray]]:
+        def batches() -> Iterator[Results]:
             for step in range(start_step, end_step):
                 examples = step * self._batch_size + positions
-                rows = usable[
-                    [pipeline.example_index(self._seed, int(g), len(usable)) for g in examples]
-                ]
-                yield {name: self._train_arrays[name][rows] for name in ("feature", "label")}
+                chosen = [example_index(self._seed, int(g), len(usable)) for g in examples]
+                yield {name: arrays[name][usable[chosen]] for name in ("feature", "label")}
 
-        return _Rows(batches(), len(self._train_arrays["weight"]) - len(usable))
+        return _Rows(batches(), len(arrays["weight"]) - len(usable))
 
     def eval_batches(self, positions: np.ndarray, batch_size: int) -> "_Rows":
         """As `Splits.eval_batches`, of "feature" [b, D], "label" [b] and "weight" [b]."""
         count = len(self._eval_arrays["weight"])
 
-        def batches() -> Iterator[dict[str, np.ndarray]]:
-            for start in range(0, count, batch_size):
-                rows = start + positions
-                inside = rows < count
-                batch = {
-                    name: values[np.where(inside, rows, 0)]
-                    for name, values in self._eval_arrays.items()
-                }
-                yield {**batch, "weight": batch["weight"] * inside}
+        def batches() -> Iterator[Results]:
+            for rows in (start + positions for start in range(0, count, batch_size)):
+                places = np.minimum(rows, count - 1)
+                batch = {name: values[places] for name, values in self._eval_arrays.items()}
+                yield {**batch, "weight": batch["weight"] * (rows < count)}
 
-        return _Rows(batches(), 0)
+        return _Rows(batches())
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-class _Rows:
-    """An iterator with the few habits of `pipeline.Batches` that the trainer relies on."""
+@dataclasses.dataclass
+class _Rows(Iterator[Results]):
+    """Batches with the few habits of `pipeline.Batches` that the trainer relies on."""
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]], skipped: int):
-        self._batches = batches
-        self.skipped = skipped
+    batches: Iterator[Results]
+    skipped: int = 0
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._batches)
+    def __next__(self) -> Results:
+        return next(self.batches)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._batches.close()
+        self.batches.close()

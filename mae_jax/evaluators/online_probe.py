@@ -76,8 +76,7 @@ class Probe:
         def initial_params() -> Any:
             return task.init().weights
 
-        def encode(params: Any, batch: dict, number: jax.Array) -> dict:
-            del number
+        def encode(params: Any, batch: dict, _: jax.Array) -> dict:
             features = pool_tokens(task.encode(params, batch["image"]), config.probe.pool)
             return {"feature": features, "label": batch["label"], "weight": batch["weight"]}
 
@@ -92,48 +91,36 @@ class Probe:
         """Probes the best weights of `state` and writes the metrics of `step`."""
         start = time.perf_counter()
         if self._untrained is None:
-            self._untrained = self._ridge(self._features(self._initial_params()))
+            untrained = self._initial_params()
+            self._untrained = ridge_probe(*self._features(untrained), self.classes)
         features = self._features(state.weights)
-        (_, labels), (_, eval_labels) = features
         scalars = {
-            "probe/top1": self._ridge(features),
+            "probe/top1": ridge_probe(*features, self.classes),
             "probe/top1_untrained": self._untrained,
-            "probe/train_examples": len(labels),
-            "probe/eval_examples": len(eval_labels),
+            "probe/train_examples": len(features[1]),
+            "probe/eval_examples": len(features[3]),
             "probe/classes": self.classes,
         }
         if self._neighbours:
-            (x, y), (x_eval, y_eval) = features
-            scalars["probe/knn"] = knn_accuracy(
-                x, y, x_eval, y_eval, self.classes, k=self._neighbours
-            )
+            scalars["probe/knn"] = knn_accuracy(*features, self.classes, k=self._neighbours)
         self._writer.write(step, scalars)
         logging.info(
             "step %d: probe top1 %.4f, untrained %.4f%s  (%d classes, %d + %d images, %.0f s)",
-            step,
-            scalars["probe/top1"],
-            self._untrained,
+            *(step, scalars["probe/top1"], self._untrained),
             f", knn {scalars['probe/knn']:.4f}" if self._neighbours else "",
-            self.classes,
-            len(labels),
-            len(eval_labels),
-            time.perf_counter() - start,
+            *(self.classes, len(features[1]), len(features[3]), time.perf_counter() - start),
         )
 
-    def _ridge(self, features: list[tuple[np.ndarray, np.ndarray]]) -> float:
-        (x, y), (x_eval, y_eval) = features
-        return ridge_probe(x, y, x_eval, y_eval, self.classes)
-
-    def _features(self, params: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Features [N, D] and labels [N] of the training and of the evaluation part."""
-        return [self._features_of(part, params) for part in (self._train, self._eval)]
-
-    def _features_of(self, part: "_Part", params: Any) -> tuple[np.ndarray, np.ndarray]:
-        with self._batches(part) as batches:
-            found = rows(self._run(params, batches, examples=len(part), label="probe"))
-        if not len(found["label"]):
-            raise UserError(f"probe.{part.field}: no picture of {part.name} can be decoded")
-        return found["feature"], found["label"]
+    def _features(self, params: Any) -> list[np.ndarray]:
+        """Features [N, D] and labels [N] of the training part, then of the evaluation part."""
+        features = []
+        for part in (self._train, self._eval):
+            with self._batches(part) as batches:
+                found = rows(self._run(params, batches, examples=len(part), label="probe"))
+            if not len(found["label"]):
+                raise UserError(f"probe.{part.field}: no picture of {part.name} can be decoded")
+            features += [found["feature"], found["label"]]
+        return features
 
     @contextlib.contextmanager
     def _batches(self, part: "_Part") -> Iterator[Any]:
@@ -183,7 +170,7 @@ def _select(config: ConfigDict, field: str, count: int) -> _Part:
     )
     try:
         source = open_source(name, directory or None, split)
-    except (ValueError, OSError, ImportError) as error:
+    except UserError as error:
         raise UserError(
             f"probe.{field}, {split!r} of {name!r} (empty probe fields take those of data): {error}"
         ) from error

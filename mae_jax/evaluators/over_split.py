@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mae_jax import UserError
+from mae_jax.data.pipeline import Transform, eval_batches
 from mae_jax.data.record import Record, Source
 from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.storage.files import complete_or_absent
@@ -93,6 +94,20 @@ class OverSplit:
                 running = started
         if problem is not None:
             raise problem
+
+    def over(
+        self, params: Any, source: Source, transform: Transform, *, label: str, **loading: Any
+    ) -> Iterator[Results]:
+        """What the function gives for every batch of a source; `loading`: of `eval_batches`."""
+        batches = eval_batches(
+            source,
+            transform,
+            batch_size=self.batch_size,
+            positions=self.positions,
+            **loading,
+        )
+        with batches:
+            yield from self(params, batches, examples=len(source), label=label)
 
 
 def means(results: Iterable[Results]) -> tuple[dict[str, float], int]:
@@ -174,14 +189,14 @@ class Parts:
         run: OverSplit,
         params: Any,
         source: Source,
-        batches: Callable[[Source], Any],
-        label: str,
+        transform: Transform,
+        **options: Any,
     ) -> None:
         """Computes what is missing.
 
         Args:
           run: its function gives rows, "weight" among them.
-          batches: of the records of a source, in order, as `pipeline.eval_batches`.
+          options: as of `OverSplit.over`.
         """
         missing = self.missing()
         if not len(missing):
@@ -211,16 +226,15 @@ class Parts:
                     np.savez(file, **part, names=names, key=np.asarray(self._key))
             number += 1
 
-        with batches(Selection(source, missing)) as loaded:
-            try:
-                for result in run(params, loaded, examples=len(missing), label=label):
-                    buffer.append(result)
-                    if len(buffer) == BATCHES_PER_PART:
-                        write()
-            finally:
-                write()
+        try:
+            for result in run.over(params, Selection(source, missing), transform, **options):
+                buffer.append(result)
+                if len(buffer) == BATCHES_PER_PART:
+                    write()
+        finally:
+            write()
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"parts of {label}")
+            multihost_utils.sync_global_devices("parts of a split")
         in_every_process(self._read_all)
 
     def _read_all(self) -> None:

@@ -116,19 +116,13 @@ def _top1(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((scores.argmax(axis=1) == labels).mean())
 
 
-def _check(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    eval_features: np.ndarray,
-    eval_labels: np.ndarray,
-    classes: int,
-) -> None:
-    for x, labels in ((train_features, train_labels), (eval_features, eval_labels)):
-        if x.ndim != 2 or x.shape != (len(labels), train_features.shape[1]) or not len(labels):
-            raise ValueError(f"features {x.shape} do not go with {len(labels)} labels")
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"labels {labels.min()} to {labels.max()} for {classes} classes")
-        if not np.isfinite(x).all():
+def _check(x: np.ndarray, y: np.ndarray, x_eval: np.ndarray, y_eval: np.ndarray, k: int) -> None:
+    for features, labels in ((x, y), (x_eval, y_eval)):
+        if features.shape != (len(labels), x.shape[-1]) or not len(labels):
+            raise ValueError(f"features {features.shape} do not go with {len(labels)} labels")
+        if labels.min() < 0 or labels.max() >= k:
+            raise ValueError(f"labels {labels.min()} to {labels.max()} for {k} classes")
+        if not np.isfinite(features).all():
             raise ValueError("features are not finite")
-    if len(train_labels) < 2:
+    if len(y) < 2:
         raise ValueError("a probe needs at least 2 training examples")

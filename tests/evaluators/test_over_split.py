@@ -15,7 +15,7 @@ BROKEN = (4, 20)
 
 
 class Loader:
-    """Batches of `VALUES` as `pipeline.eval_batches` gives them; counts what it reads."""
+    """Batches of `VALUES` as `pipeline.eval_batches` gives them; lists what it reads."""
 
     def __init__(self, source, run, broken=(), skip=False):
         self.source, self.run, self.broken, self.skip = source, run, broken, skip
@@ -100,47 +100,52 @@ def test_what_was_computed_before_a_broken_record_counts():
         next(results)
 
 
-def compute(folder, numbers=range(29), key="one", broken=()):
-    """All rows, and the numbers of the records read for them."""
-    source = Numbers(numbers)
-    run = OverSplit(double, make_mesh(), 8)
-    parts = Parts(folder, {"key": key}, np.asarray(source.numbers))
-    loaders = []
+@pytest.fixture
+def compute(monkeypatch, tmp_path):
+    """A function that gives all rows, and the numbers of the records read for them."""
 
-    def batches(some):
-        loaders.append(Loader(some, run, broken))
-        return loaders[-1]
+    def function(numbers=range(29), key="one", broken=()):
+        source, loaders = Numbers(numbers), []
+        run = OverSplit(double, make_mesh(), 8)
 
-    parts.compute(run, np.float32(0), source, batches, label="")
-    return parts.array("y"), [index for loader in loaders for index in loader.read]
+        def batches(some, transform, **options):
+            loaders.append(Loader(some, run, broken))
+            return loaders[-1]
+
+        monkeypatch.setattr(over_split, "eval_batches", batches)
+        parts = Parts(tmp_path, {"key": key}, np.asarray(source.numbers))
+        parts.compute(run, np.float32(0), source, None, label="")
+        return parts.array("y"), [index for loader in loaders for index in loader.read]
+
+    return function
 
 
-def test_records_come_and_go_between_two_runs_and_others_are_not_read_again(tmp_path, monkeypatch):
+def test_records_come_and_go_between_two_runs_and_others_are_not_read_again(compute, monkeypatch):
     monkeypatch.setattr(over_split, "BATCHES_PER_PART", 2)
     first = [n for n in range(29) if n not in (3, 11)]
-    y, read = compute(tmp_path, first)
+    y, read = compute(first)
     np.testing.assert_array_equal(y, 2 * VALUES[first])
     assert read == first
     second = [n for n in range(29) if n not in (0, 17)]
-    y, read = compute(tmp_path, second)
+    y, read = compute(second)
     np.testing.assert_array_equal(y, 2 * VALUES[second])
     assert read == [3, 11]
-    y, read = compute(tmp_path, second[::-1])
+    y, read = compute(second[::-1])
     np.testing.assert_array_equal(y, 2 * VALUES[second[::-1]])
     assert read == []
 
 
-def test_a_run_that_stopped_goes_on_with_the_batch_it_stopped_in(tmp_path):
+def test_a_run_that_stopped_goes_on_with_the_batch_it_stopped_in(compute):
     with pytest.raises(DecodeError):
-        compute(tmp_path, broken=(20,))
-    y, read = compute(tmp_path)
+        compute(broken=(20,))
+    y, read = compute()
     assert read == list(range(16, 29))
     np.testing.assert_array_equal(y, 2 * VALUES)
 
 
-def test_rows_of_another_key_are_told_and_computed_again(tmp_path):
-    compute(tmp_path)
+def test_rows_of_another_key_are_told_and_computed_again(compute, tmp_path):
+    compute()
     assert Parts(tmp_path, {"key": "two"}, np.arange(29)).foreign == {"key"}
-    assert compute(tmp_path, key="two")[1] == list(range(29))
-    assert compute(tmp_path, key="two")[1] == []
+    assert compute(key="two")[1] == list(range(29))
+    assert compute(key="two")[1] == []
     assert Parts(tmp_path, {"key": "two"}, np.arange(29)).foreign == set()

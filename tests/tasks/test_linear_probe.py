@@ -5,10 +5,10 @@ from PIL import Image
 from task_runs import make, run_steps
 
 from mae_jax.data.pipeline import example_index
-from mae_jax.data.splits import Splits
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.evaluators import over_split
 from mae_jax.evaluators.feature_cache import CachedFeatures
+from mae_jax.evaluators.over_split import OverSplit
 from mae_jax.models.classifier import absorb_batch_norm
 
 CACHED = {"data__crop": "centre", "data__flip": False}
@@ -133,17 +133,17 @@ def test_every_evaluation_example_is_in_the_cached_batches_once(supervised_confi
 def rows_read(monkeypatch):
     """A function of nothing: how many records were read for features since it was last asked."""
     counts = [0]
-    in_order = Splits.in_order
+    over = OverSplit.over
 
-    def counted(self, source, positions, batch_size):
+    def counted(self, params, source, *arguments, **options):
         counts[0] += len(source)
-        return in_order(self, source, positions, batch_size)
+        return over(self, params, source, *arguments, **options)
 
     def since() -> int:
         count, counts[0] = counts[0], 0
         return count
 
-    monkeypatch.setattr(Splits, "in_order", counted)
+    monkeypatch.setattr(OverSplit, "over", counted)
     return since
 
 
