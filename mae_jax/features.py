@@ -109,8 +109,8 @@ def extract(
         )
     except DecodeError as error:
         raise DecodeError(
-            f"{error}. Mend or remove it, or leave such pictures out with --bad_records=skip; "
-            f"the same command then goes on after what {folder} holds"
+            f"{error.__cause__ or error}. Mend or remove it, or leave such pictures out with "
+            f"--bad_records=skip; the same command then goes on after what {folder} holds"
         ) from error
     _assemble(path, names, kinds, parts)
     shutil.rmtree(folder)

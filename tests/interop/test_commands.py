@@ -75,7 +75,7 @@ def test_a_workdir_whose_numbers_changed_on_disk_is_refused(tmp_path):
         tree = checkpointer.restore(state)
         tree["params"]["encoder"]["norm"]["bias"] = tree["params"]["encoder"]["norm"]["bias"] + 1
         checkpointer.save(state, tree, force=True)
-    with pytest.raises(UserError, match="the disk has changed them"):
+    with pytest.raises(UserError, match="changed on disk, first params/encoder/norm/bias"):
         open_checkpoint(path)
 
 
@@ -199,6 +199,7 @@ def test_features_compute_only_what_changed_since_they_stopped(
     told = str(refusal.value)
     assert "20.png" in told
     assert "--bad_records=skip" in told
+    assert "data.bad_records" not in told  # which is how training calls it
     # 11 + 5 pictures are done. One of them goes, one changes, one is new, and the broken one goes.
     broken.unlink()
     (pictures / "a" / "05.png").unlink()
