@@ -42,6 +42,7 @@ from mae_jax.tasks.base import Task
 from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
+from mae_jax.train.progress import with_clock
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
 from mae_jax.train.step import compile_step
@@ -116,7 +117,8 @@ def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState
         logging.info("continuing from the checkpoint of step %d", int(state.step))
     else:
         checkpoints.begin(traces_of_training(setup.workdir))
-        state = jax.jit(setup.task.init, out_shardings=shardings_of(setup.abstract))()
+        init = jax.jit(setup.task.init, out_shardings=shardings_of(setup.abstract))
+        state = with_clock("drawing random weights", init)
         if setup.config.init_from not in ("", "random"):
             state = start_from(
                 setup.config.init_from, setup.config.init_parts, setup.task, state, setup.mesh
@@ -140,7 +142,6 @@ def train_and_evaluate(
     """Trains from where `state` is, evaluating and saving; the state and the number of steps."""
     config, data, task, mesh = setup.config, setup.data, setup.task, setup.mesh
     start_step, total_steps = int(state.step), setup.task.total_steps
-    stop_signal = startup.StopSignal()
 
     def save(step: int, state: TrainState) -> None:
         record = {
@@ -172,8 +173,11 @@ def train_and_evaluate(
         ]
         positions = mesh_lib.local_positions(config.batch_size, mesh)
         with inputs.train_batches(positions, start_step, total_steps) as host_batches:
+            step = compile_step(task, setup.abstract)
+            # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
+            stop_signal = startup.StopSignal()
             return train(
-                compile_step(task, setup.abstract),
+                step,
                 state,
                 device_batches(host_batches, task.batch_schema, positions, config.batch_size, mesh),
                 metric_names=task.metric_names,
@@ -207,7 +211,7 @@ def finish(setup: Setup, state: TrainState) -> None:
         with complete_or_absent_folder(setup.workdir / "export") as folder:
             setup.task.export(state, folder, facts)
         if data.classes is not None:
-            parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
+            parameters = tree_size(state.weights)
             results = write_results(
                 setup.workdir,
                 config,
@@ -262,15 +266,16 @@ def announce(setup: Setup) -> None:
         setup.task,
         setup.abstract,
     )
-    logging.info(
-        "parameters:\n%s",
-        parameter_overview.get_parameter_overview(
-            one_row_per_stack(abstract.params), include_stats="sharding"
-        ),
-    )
+    sizes = {name: tree_size(part) for name, part in abstract.params.items()}
+    parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    logging.info("parameters: %s (%s); --verbose lists them", f"{sum(sizes.values()):,}", parts)
+    if logging.level_debug():
+        table = one_row_per_stack(abstract.params)
+        overview = parameter_overview.get_parameter_overview(table, include_stats="sharding")
+        logging.debug("parameters:\n%s", overview)
     if abstract.frozen is not None:
-        count = sum(leaf.size for leaf in jax.tree.leaves(abstract.frozen))
-        logging.info("and %s frozen parameters, which no step changes", f"{count:,}")
+        frozen = f"{tree_size(abstract.frozen):,}"
+        logging.info("and %s frozen parameters, which no step changes", frozen)
     device = mesh.devices.flat[0]
     logging.info(
         "mesh: data %d x fsdp %d = %d %s device(s) in %d process(es); %.2f GB of state on each",
@@ -296,6 +301,11 @@ def announce(setup: Setup) -> None:
         task.train_flops_per_image / 1e9,
         config.compute_dtype,
     )
+
+
+def tree_size(tree: Any) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def one_row_per_stack(params: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 
 from mae_jax import cli, results
 from mae_jax.config import image_size
-from tests.program import ROOT, environment
+from tests.program import ROOT, command, environment
 
 QUICKSTART = f"--config={ROOT / 'configs/quickstart.py'}"
 
@@ -187,6 +188,18 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path):
     for spelling in (["mae_jax", "train"], ["mae_jax.main"]):
         done = python("-m", *spelling, QUICKSTART, "--workdir=x", PYTHONPATH=path)
         assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_while_compiling_is_one_line(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    for line in process.stderr:
+        if "compiling the step" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read() == "stopped by Ctrl-C\n"
+    assert process.wait() == 130
 
 
 def test_recipes_are_found_by_path_or_by_name_from_any_directory(tmp_path, monkeypatch):

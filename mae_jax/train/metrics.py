@@ -29,8 +29,11 @@ class MetricsWriter:
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = LineWriter(path)
         if importlib.util.find_spec("tensorflow") is not None:
+            import tensorflow as tf
             from clu import metric_writers
 
+            for kind in ("GPU", "TPU"):  # JAX's, of which TensorFlow would take all memory
+                tf.config.set_visible_devices([], kind)
             self._tensorboard = metric_writers.AsyncWriter(
                 metric_writers.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
             )

@@ -1,4 +1,7 @@
+import importlib.machinery
 import json
+import sys
+import types
 
 from mae_jax.train.metrics import MetricsWriter, read_metrics
 
@@ -23,3 +26,31 @@ def test_a_resumed_run_drops_steps_that_run_again_and_a_torn_line(tmp_path):
     writer.close()
     assert [line["step"] for line in read_metrics(path)] == [5, 10, 15]
     assert read_metrics(path)[-1]["train/loss"] == 1.0
+
+
+def test_tensorflow_is_kept_from_the_accelerator_before_its_writer_is_made(tmp_path, monkeypatch):
+    done = []
+
+    def module(name, **contents):
+        made = types.ModuleType(name)
+        made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(made).update(contents)
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    class Writer:
+        def __init__(self, target):
+            done.append("writer")
+
+        def close(self):
+            pass
+
+    config = types.SimpleNamespace(
+        set_visible_devices=lambda devices, kind: done.append((list(devices), kind))
+    )
+    module("tensorflow", config=config)
+    writers = module("clu.metric_writers", AsyncWriter=Writer, SummaryWriter=Writer)
+    monkeypatch.setattr("clu.metric_writers", writers, raising=False)
+    MetricsWriter(tmp_path, 0).close()
+    assert done[:2] == [([], "GPU"), ([], "TPU")]
+    assert done[2:] == ["writer", "writer"]
