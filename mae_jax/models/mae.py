@@ -26,6 +26,7 @@ class Decoder(nn.Module):
     depth: int
     heads: int
     dtype: jnp.dtype = jnp.float32
+    residual_dtype: jnp.dtype = jnp.float32
     stacking: str = "unrolled"
     remat: str = "none"
     position_params: bool = False  # as in `ViT`
@@ -34,9 +35,10 @@ class Decoder(nn.Module):
     def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
         """Decodes latent [B, 1 + K, D] with ids_restore [B, L] into predictions [B, L, p*p*C]."""
         kept = latent.shape[1] - 1
-        x = dense(self.width, self.dtype, "embed")(latent)  # [B, 1 + K, Dd]
+        residual = self.residual_dtype
+        x = dense(latent, self.width, self.dtype, "embed", residual)  # [B, 1 + K, Dd]
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        mask_token = jnp.broadcast_to(mask_token.astype(self.dtype), (x.shape[0], 1, self.width))
+        mask_token = jnp.broadcast_to(mask_token.astype(residual), (x.shape[0], 1, self.width))
         # Row K of `visible` is the mask token: every removed patch reads it.
         visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
         patches = restore_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
@@ -44,10 +46,10 @@ class Decoder(nn.Module):
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, Dd]
         if self.position_params:
             positions = self.param("pos_embed", lambda _: positions[None])[0]
-        x = x + positions.astype(self.dtype)
+        x = x + positions.astype(residual)
         x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x)
-        return dense(self.patch_values, self.dtype, "pred")(x)[:, 1:]
+        return dense(x, self.patch_values, self.dtype, "pred", residual)[:, 1:]
 
 
 def restore_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:

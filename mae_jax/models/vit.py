@@ -1,5 +1,6 @@
 """The Vision Transformer of MAE, as plain maths on arrays (paper appendix A.1)."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -57,28 +58,62 @@ def sincos_position_table(width: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
 
 
-def dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    """A linear layer as the reference initialises it: Xavier-uniform weight, zero bias."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, kernel: jax.Array, dimensions: tuple, dtype: jnp.dtype) -> jax.Array:
+    """`lax.dot_general` with a result in `dtype`: in float32 the sums of a bfloat16 product.
+
+    Backwards the cotangent is rounded to the type of x first, so that all products have bfloat16
+    factors.
+    """
+    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=dtype)
 
 
-def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """Layer norm with eps 1e-6; statistics in float32 and by the two-pass formula."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+def _product_fwd(x, kernel, dimensions, dtype):
+    # Not by `product`, in which a policy of remat would not see the matrix product.
+    y = jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=dtype)
+    return y, (x, kernel)
+
+
+def _product_bwd(dimensions, dtype, saved, cotangent):
+    _, transpose = jax.vjp(lambda x, k: jax.lax.dot_general(x, k, dimensions), *saved)
+    return transpose(cotangent.astype(saved[0].dtype))
+
+
+product.defvjp(_product_fwd, _product_bwd)
 
 
 class Linear(nn.Module):
-    """The weight [in, out] and bias [out] of a linear layer, for callers that multiply by parts."""
+    """The weight [in, out] and bias [out] of a linear layer, as the reference initialises them."""
 
     features: int
-    dtype: jnp.dtype
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
         init = nn.initializers.xavier_uniform()
         kernel = self.param("kernel", init, (inputs, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        return kernel, self.param("bias", self.bias_init, (self.features,))
+
+
+def dense(
+    x: jax.Array,
+    features: int,
+    dtype: jnp.dtype,
+    name: str,
+    result: jnp.dtype | None = None,
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros,
+) -> jax.Array:
+    """A linear layer, its factors in `dtype`, its sums and what it returns in `result`."""
+    result = result or dtype
+    kernel, bias = Linear(features, bias_init, name=name)(x.shape[-1])
+    last_with_first = (((x.ndim - 1,), (0,)), ((), ()))
+    y = product(x.astype(dtype), kernel.astype(dtype), last_with_first, result)
+    return y + bias.astype(result)
+
+
+def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """Layer norm with eps 1e-6; statistics in float32 and by the two-pass formula."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Attention(nn.Module):
@@ -91,34 +126,37 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype
+    result: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
         head_dim = d // self.heads
-        kernel, bias = Linear(3 * d, self.dtype, name="qkv")(d)
-        kernel = kernel.reshape(d, 3, self.heads, head_dim)
-        bias = bias.reshape(3, self.heads, head_dim)
+        kernel, bias = Linear(3 * d, name="qkv")(d)
+        kernel = kernel.astype(self.dtype).reshape(d, 3, self.heads, head_dim)
+        bias = bias.astype(self.dtype).reshape(3, self.heads, head_dim)
         q, k, v = (
             jnp.einsum("bnd,dhk->bnhk", x, kernel[:, i]) + bias[i] for i in range(3)
         )  # [B, N, heads, head_dim] each
         x = attention(q, k, v)  # [B, N, heads, head_dim]
-        kernel, bias = Linear(d, self.dtype, name="proj")(d)
-        kernel = kernel.reshape(self.heads, head_dim, d)
-        return jnp.einsum("bnhk,hkd->bnd", x, kernel) + bias
+        kernel, bias = Linear(d, name="proj")(d)
+        kernel = kernel.astype(self.dtype).reshape(self.heads, head_dim, d)
+        x = product(x, kernel, (((2, 3), (0, 1)), ((), ())), self.result)  # [B, N, D]
+        return x + bias.astype(self.result)
 
 
 class Mlp(nn.Module):
     """Two linear layers with the exact (erf) GELU between them."""
 
     dtype: jnp.dtype
+    result: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        x = dense(MLP_RATIO * d, self.dtype, "fc1")(x)  # [B, N, 4D]
+        x = dense(x, MLP_RATIO * d, self.dtype, "fc1")  # [B, N, 4D]
         x = nn.gelu(x, approximate=False)
-        return dense(d, self.dtype, "fc2")(x)
+        return dense(x, d, self.dtype, "fc2", self.result)
 
 
 def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
@@ -138,24 +176,25 @@ def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `path_scale` [2, B] multiplies what its two branches add."""
+    """Pre-norm transformer block; `path_scale` [2, B] multiplies what its two branches add.
+
+    The branches are computed in `dtype`; their sum with x keeps the type of x.
+    """
 
     heads: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
+        def add(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
+            if path_scale is not None:  # float32: the product is rounded, not the factor
+                y = y * path_scale[branch][:, None, None]
+            return x + y.astype(x.dtype)
+
         y = layer_norm(self.dtype, "norm1")(x)
-        y = Attention(self.heads, self.dtype, name="attn")(y)
-        x = x + (y if path_scale is None else _scaled(y, path_scale[0]))
+        x = add(x, Attention(self.heads, self.dtype, x.dtype, name="attn")(y), 0)
         y = layer_norm(self.dtype, "norm2")(x)
-        y = Mlp(self.dtype, name="mlp")(y)
-        return x + (y if path_scale is None else _scaled(y, path_scale[1]))
-
-
-def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
-    """Tokens [B, N, D] times float32 [B]; the product is rounded, not the factor."""
-    return (y * scale[:, None, None]).astype(y.dtype)
+        return add(x, Mlp(self.dtype, x.dtype, name="mlp")(y), 1)
 
 
 class Blocks(nn.Module):
@@ -200,7 +239,9 @@ class Blocks(nn.Module):
             return block.apply({"params": params}, x, path_scale)
 
         if remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            # Outside a loop the compiler would merge what is computed again with the first time.
+            prevent_cse = self.stacking == "unrolled"
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
         if self.stacking == "unrolled" or not params:
             for i, p in enumerate(params):
                 x = run(x, p, None if path_scale is None else path_scale[i])
@@ -230,6 +271,8 @@ class ViT(nn.Module):
     Attributes:
       image_size: height and width in pixels, each divisible by `patch_size`.
       channels: of the input images.
+      dtype: of matrix products; parameters, softmax and norms are float32.
+      residual_dtype: of the tokens between blocks and of what is returned.
       position_params: the position table is a parameter that starts as the sine-cosine table, for
         models that train it or take another's, instead of a constant.
       final_norm: False leaves the last layer norm to whoever pools the tokens.
@@ -243,6 +286,7 @@ class ViT(nn.Module):
     depth: int
     heads: int
     dtype: jnp.dtype = jnp.float32
+    residual_dtype: jnp.dtype = jnp.float32
     stacking: str = "unrolled"
     remat: str = "none"
     position_params: bool = False
@@ -269,7 +313,7 @@ class ViT(nn.Module):
           path_scale: [depth, 2, B], see `drop_path_scale`; None drops nothing.
 
         Returns:
-          [B, 1 + K, D] tokens in the compute type, the class token first.
+          [B, 1 + K, D] tokens in the residual type, the class token first.
         """
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
@@ -277,21 +321,16 @@ class ViT(nn.Module):
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, D]
         if self.position_params:
             positions = self.param("pos_embed", lambda _: positions[None])[0]
-        positions = positions.astype(self.dtype)
+        positions = positions.astype(self.residual_dtype)
 
         x = patchify(images, self.patch_size)  # [B, L, p*p*C]
-        x = nn.Dense(
-            self.width,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=_patch_bias_init(x.shape[-1]),
-            name="patch_embed",
-        )(x)
+        bias_init = _patch_bias_init(x.shape[-1])
+        x = dense(x, self.width, self.dtype, "patch_embed", self.residual_dtype, bias_init)
         x = x + positions[1:]  # [B, L, D]
         if ids_keep is not None:
             x = take_tokens(x, ids_keep)  # [B, K, D]
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = cls.astype(self.dtype) + positions[0]
+        cls = cls.astype(self.residual_dtype) + positions[0]
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + K, D]
         x = Blocks(
@@ -303,4 +342,4 @@ class ViT(nn.Module):
             frozen=self.frozen_blocks,
             name="blocks",
         )(x, path_scale)
-        return layer_norm(self.dtype, "norm")(x) if self.final_norm else x
+        return layer_norm(self.residual_dtype, "norm")(x) if self.final_norm else x

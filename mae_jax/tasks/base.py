@@ -27,6 +27,7 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
     """How the models of a `ModelSpec` are computed: what its builders take beside it."""
     return {
         "dtype": jnp.dtype(config.compute_dtype),
+        "residual_dtype": jnp.dtype(config.model.residual_dtype),
         "stacking": config.model.stacking,
         "remat": config.model.remat,
     }

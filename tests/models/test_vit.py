@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 
 from mae_jax.models.attention import attention
-from mae_jax.models.vit import ViT, sincos_position_table
+from mae_jax.models.mae import create_mae
+from mae_jax.models.masking import sample_masking
+from mae_jax.models.vit import Blocks, ViT, sincos_position_table
 
 SMALL = {"image_size": (8, 12), "patch_size": 4, "channels": 2, "width": 32, "depth": 3, "heads": 4}
 
@@ -74,6 +77,24 @@ def test_every_stacking_and_remat_gives_the_same_values_and_gradients(small):
         )
 
 
+@pytest.mark.parametrize("stacking", ["unrolled", "scan"])
+def test_remat_lowers_the_memory_of_the_compiled_gradients(stacking):
+    x = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)
+
+    def working_memory(remat):
+        model = Blocks(6, 2, jnp.float32, stacking, remat)
+        params = jax.eval_shape(model.init, jax.random.key(0), x)
+        grad = jax.grad(lambda params, x: jnp.square(model.apply(params, x)).mean())
+        # The default order of a CPU program is not one that saves memory; an accelerator's is.
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        compiled = jax.jit(grad).lower(params, x).compile(compiler_options=options)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = (working_memory(remat) for remat in ("none", "dots", "full"))
+    assert dots < 0.75 * none
+    assert full < dots
+
+
 def test_encoding_all_patches_by_id_equals_encoding_whole_images(small):
     images, params = small
     model = ViT(**SMALL)
@@ -85,13 +106,50 @@ def test_encoding_all_patches_by_id_equals_encoding_whole_images(small):
         np.testing.assert_allclose(shuffled[row, 1:], whole[row, 1 + order[row]], atol=1e-5)
 
 
-def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(small):
-    images, params = small
+def test_bfloat16_compute_keeps_float32_parameters(small):
+    _, params = small
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    exact = ViT(**SMALL).apply(params, images)
-    rough = ViT(**SMALL, dtype=jnp.bfloat16).apply(params, images)
-    assert rough.dtype == jnp.bfloat16
-    assert np.abs(rough.astype(jnp.float32) - exact).mean() < 0.02
+
+
+def test_a_float32_residual_stream_halves_the_error_of_bfloat16_compute():
+    # 12 blocks, relative to float32. PyTorch's autocast, whose stream is float32 too, comes to
+    # 5.2e-3 on these weights and images, and to 9.5e-3 with a stream of bfloat16.
+    shape = {"image_size": (64, 64), "patch_size": 8, "channels": 3, "width": 192, "depth": 12}
+    exact = ViT(**shape, heads=3)
+    rough = {
+        residual: jax.jit(
+            ViT(**shape, heads=3, dtype=jnp.bfloat16, residual_dtype=residual).apply
+        )
+        for residual in (jnp.float32, jnp.bfloat16)
+    }
+    errors = {residual: [] for residual in rough}
+    for seed in range(3):
+        images = jax.random.normal(jax.random.key(10 + seed), (4, 64, 64, 3))
+        params = exact.init(jax.random.key(seed), images)
+        expected = np.asarray(exact.apply(params, images))
+        for residual, apply in rough.items():
+            got = apply(params, images)
+            assert got.dtype == residual
+            difference = np.asarray(got, np.float32) - expected
+            errors[residual].append(np.linalg.norm(difference) / np.linalg.norm(expected))
+    assert np.mean(errors[jnp.float32]) <= 5e-3
+    assert np.mean(errors[jnp.bfloat16]) > 8e-3
+
+
+def test_the_residual_stream_is_of_its_type_through_encoder_and_decoder(small):
+    """Every sum of two [B, N, D] arrays of a step, forwards."""
+    images, _ = small
+    encoder = ViT(**SMALL, dtype=jnp.bfloat16, residual_dtype=jnp.float32)
+    model = create_mae(
+        encoder, decoder_width=16, decoder_depth=1, decoder_heads=2, target="pixel"
+    )
+    masking = sample_masking("random", jax.random.split(jax.random.key(0), 2), encoder.grid, 0.5)
+    params = model.init(jax.random.key(0), images, masking)
+    text = str(jax.make_jaxpr(model.apply)(params, images, masking))
+    for shape in ("2,6,32", "2,4,32", "2,7,16"):
+        sums = [line for line in text.splitlines() if re.search(rf":\w+\[{shape}\] = add ", line)]
+        assert sums
+        assert not [line for line in sums if f"bf16[{shape}] = add" in line]
 
 
 def test_images_of_another_shape_are_refused(small):
