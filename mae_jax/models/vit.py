@@ -58,28 +58,21 @@ def sincos_position_table(width: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x: jax.Array, kernel: jax.Array, dimensions: tuple, dtype: jnp.dtype) -> jax.Array:
     """`lax.dot_general` with a result in `dtype`: in float32 the sums of a bfloat16 product.
 
     Backwards the cotangent is rounded to the type of x first, so that all products have bfloat16
     factors.
     """
-    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=dtype)
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
+    forward = functools.partial(dot, preferred_element_type=dtype)
 
+    def backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(dot, *saved)[1](cotangent.astype(saved[0].dtype))
 
-def _product_fwd(x, kernel, dimensions, dtype):
-    # Not by `product`, in which a policy of remat would not see the matrix product.
-    y = jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=dtype)
-    return y, (x, kernel)
-
-
-def _product_bwd(dimensions, dtype, saved, cotangent):
-    _, transpose = jax.vjp(lambda x, k: jax.lax.dot_general(x, k, dimensions), *saved)
-    return transpose(cotangent.astype(saved[0].dtype))
-
-
-product.defvjp(_product_fwd, _product_bwd)
+    with_gradients = jax.custom_vjp(forward)
+    with_gradients.defvjp(lambda *factors: (forward(*factors), factors), backward)
+    return with_gradients(x, kernel)
 
 
 class Linear(nn.Module):

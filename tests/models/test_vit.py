@@ -117,9 +117,7 @@ def test_a_float32_residual_stream_halves_the_error_of_bfloat16_compute():
     shape = {"image_size": (64, 64), "patch_size": 8, "channels": 3, "width": 192, "depth": 12}
     exact = ViT(**shape, heads=3)
     rough = {
-        residual: jax.jit(
-            ViT(**shape, heads=3, dtype=jnp.bfloat16, residual_dtype=residual).apply
-        )
+        residual: jax.jit(ViT(**shape, heads=3, dtype=jnp.bfloat16, residual_dtype=residual).apply)
         for residual in (jnp.float32, jnp.bfloat16)
     }
     errors = {residual: [] for residual in rough}
@@ -140,9 +138,7 @@ def test_the_residual_stream_is_of_its_type_through_encoder_and_decoder(small):
     """Every sum of two [B, N, D] arrays of a step, forwards."""
     images, _ = small
     encoder = ViT(**SMALL, dtype=jnp.bfloat16, residual_dtype=jnp.float32)
-    model = create_mae(
-        encoder, decoder_width=16, decoder_depth=1, decoder_heads=2, target="pixel"
-    )
+    model = create_mae(encoder, decoder_width=16, decoder_depth=1, decoder_heads=2, target="pixel")
     masking = sample_masking("random", jax.random.split(jax.random.key(0), 2), encoder.grid, 0.5)
     params = model.init(jax.random.key(0), images, masking)
     text = str(jax.make_jaxpr(model.apply)(params, images, masking))
