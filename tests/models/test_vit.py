@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mae_jax.models.attention import attention
-from mae_jax.models.mae import create_mae
 from mae_jax.models.masking import sample_masking
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Blocks, ViT, sincos_position_table
 
 SMALL = {"image_size": (8, 12), "patch_size": 4, "channels": 2, "width": 32, "depth": 3, "heads": 4}
@@ -137,9 +137,15 @@ def test_a_float32_residual_stream_halves_the_error_of_bfloat16_compute():
 def test_the_residual_stream_is_of_its_type_through_encoder_and_decoder(small):
     """Every sum of two [B, N, D] arrays of a step, forwards."""
     images, _ = small
-    encoder = ViT(**SMALL, dtype=jnp.bfloat16, residual_dtype=jnp.float32)
-    model = create_mae(encoder, decoder_width=16, decoder_depth=1, decoder_heads=2, target="pixel")
-    masking = sample_masking("random", jax.random.split(jax.random.key(0), 2), encoder.grid, 0.5)
+    spec = ModelSpec(
+        **SMALL | {"depth": 1, "mean": (0.5, 0.5), "std": (0.5, 0.5)},
+        decoder_width=16,
+        decoder_depth=1,
+        decoder_heads=2,
+        target="pixel",
+    )
+    model = spec.mae(dtype=jnp.bfloat16, residual_dtype=jnp.float32)
+    masking = sample_masking("random", jax.random.split(jax.random.key(0), 2), spec.grid, 0.5)
     params = model.init(jax.random.key(0), images, masking)
     text = str(jax.make_jaxpr(model.apply)(params, images, masking))
     for shape in ("2,6,32", "2,4,32", "2,7,16"):
