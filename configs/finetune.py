@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 from mae_jax import UserError
 from mae_jax.config import default_config
 
-# epochs, base lr, layer decay, drop path (mae.md 2.3)
+# epochs, base lr, layer decay, drop path: of the released weights
 RECIPES = {
     "vit_b": (100, 5e-4, 0.65, 0.1),
     "vit_l": (50, 1e-3, 0.75, 0.2),

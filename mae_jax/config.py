@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import json
 import pathlib
+import textwrap
 import traceback
 from typing import Any, NamedTuple
 
@@ -250,10 +251,12 @@ def load_config(recipe: str) -> ConfigDict:
         raise
     except Exception as error:  # the user's own code: its line says what a traceback would
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
-        what = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
-        raise UserError(f"--config={recipe}: {path}, line {line}: {what}") from error
+        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
+        place, message = f"{path}{''.join(lines[-1:])}", str(error)
+        if isinstance(error, SyntaxError):
+            place, message = f"{path}, line {error.lineno}", error.msg
+        message = textwrap.shorten(message, 160)
+        raise UserError(f"--config={recipe}: {place}: {type(error).__name__}: {message}") from error
     if not isinstance(config, ConfigDict) or FIELDS.keys() - flatten(config.to_dict()).keys():
         raise UserError(f"--config={recipe}: get_config() has to return a changed default_config()")
     return config

@@ -143,14 +143,14 @@ def evaluate(
     dtype: str = "float32",
     batch_size: int = 64,
     output: str = "",
-    known: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores the data sets of a benchmark; see the module's docstring.
 
     Args:
       crop: see `Scorer`; 0 takes the benchmark's.
       output: JSON file to write; empty for none.
-      known: see `open_checkpoint`.
+      overrides: see `open_checkpoint`.
 
     Returns:
       what the file holds: "weights", "settings", "sets" {name: scores}, their means, "mce" where
@@ -162,7 +162,7 @@ def evaluate(
     if len(benchmark.data) > 1 and data_dir:
         require_present(benchmark.data, data_dir)
     open_source(benchmark.data[0], data_dir, benchmark.split)  # is it there? before work is done
-    checkpoint = cli.open_weights(weights, known)
+    checkpoint = cli.open_weights(weights, overrides)
     crop = crop or benchmark.crop
     scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
     settings = {
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=args.dtype,
         batch_size=args.batch_size,
         output=args.output,
-        known=cli.overrides(args),
+        overrides=cli.overrides(args),
     )
     print(f"{HEADER}\n{result['markdown']}")
     if errors := result.get("corruption_errors"):

@@ -33,13 +33,13 @@ def run(
     format: str,
     output: str,
     *,
-    known: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     licence: str | None = None,
 ) -> pathlib.Path:
     """Exports `source` in `format`, one of `FORMATS`; returns the path of the weights.
 
     Args:
-      known: see `open_checkpoint`.
+      overrides: see `open_checkpoint`.
       licence: of the weights, for the model card.
 
     Raises:
@@ -50,7 +50,7 @@ def run(
     empty = directory.is_dir() and not any(directory.iterdir())
     if directory.exists() and not empty and not unfinished(directory):
         raise UserError(f"--output={output}: exists and is not empty; choose another folder")
-    checkpoint = cli.open_weights(source, known)
+    checkpoint = cli.open_weights(source, overrides)
     facts = dict(checkpoint.facts)
     if licence:
         facts["licence"] = licence
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.source,
         args.format,
         args.output,
-        known=cli.overrides(args),
+        overrides=cli.overrides(args),
         licence=args.licence,
     )
     print(f"wrote {path} and its model card {path.parent / export.CARD_FILE}")

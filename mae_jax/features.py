@@ -50,7 +50,7 @@ def extract(
     batch_size: int = 64,
     dtype: str = "float32",
     bad_records: str = "stop",
-    known: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes `output`; see the module's docstring.
 
@@ -58,7 +58,7 @@ def extract(
       kinds: of `KINDS`; empty for the token a head reads, `cls` where there is none.
       batch_size: pictures at once; rounded up to a multiple of the devices.
       bad_records: `skip` leaves out pictures that cannot be decoded, `stop` ends at the first.
-      known: see `open_checkpoint`.
+      overrides: see `open_checkpoint`.
 
     Raises:
       UserError: bad weights, no pictures, `output` is not an .npz, its parts belong to another
@@ -69,7 +69,7 @@ def extract(
         raise UserError(f"--output={output}: the result is an .npz file")
     root = pathlib.Path(images).expanduser().resolve()
     names = sorted(list_pictures(root, "--images"))
-    checkpoint = cli.open_weights(weights, known)
+    checkpoint = cli.open_weights(weights, overrides)
     d = checkpoint.spec
     kinds = kinds or (d.summary,)
     compute = features_function(d, block=block, dtype=jnp.dtype(dtype))
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         dtype=args.dtype,
         bad_records=args.bad_records,
-        known=cli.overrides(args),
+        overrides=cli.overrides(args),
     )
     with np.load(path) as result:
         shapes = ", ".join(f"{name} {list(result[name].shape)}" for name in result.files)

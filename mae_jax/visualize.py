@@ -29,14 +29,14 @@ from mae_jax.storage.files import write_png
 
 
 def reconstruct_files(
-    weights: str, files: Sequence[str], ratios: Sequence[float], *, seed: int, **known: object
+    weights: str, files: Sequence[str], ratios: Sequence[float], *, seed: int, **overrides: object
 ) -> np.ndarray:
     """Reconstructions of picture files at several mask ratios, one block of rows a ratio.
 
     Args:
       weights: with a decoder; see `interop.checkpoint.open_checkpoint`.
       seed: of the masks.
-      known: what the weights do not tell of themselves.
+      overrides: what the weights do not tell of themselves.
 
     Returns:
       [height, width, 3] uint8.
@@ -45,7 +45,7 @@ def reconstruct_files(
       UserError: bad weights, no decoder, a ratio that hides nothing or everything, or a picture
         that cannot be read, by name.
     """
-    checkpoint = open_checkpoint(weights, **known)
+    checkpoint = open_checkpoint(weights, **overrides)
     d = checkpoint.spec
     patches = d.grid[0] * d.grid[1]
     for ratio in ratios:
@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.output.endswith(".png"):
         raise UserError(f"--output={args.output}: the result is a .png file")
-    known = cli.overrides(args)
-    sheet = reconstruct_files(args.weights, args.images, args.mask_ratio, seed=args.seed, **known)
+    overrides = cli.overrides(args)
+    sheet = reconstruct_files(
+        args.weights, args.images, args.mask_ratio, seed=args.seed, **overrides
+    )
     write_png(args.output, sheet)
     print(f"wrote {args.output}")

@@ -222,7 +222,7 @@ def test_two_processes_of_four_devices_compute_what_one_device_does(undisturbed,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mask__ratoi": 0.5}, 'unknown config field mask.ratoi. Did you mean "ratio"'),
+        ({"mask__ratoi": 0.5}, "unknown config field mask.ratoi; did you mean mask.ratio"),
         ({"model__image_size": 60}, "height 60 is not divisible by model.patch_size = 8"),
         ({"data__name": "folder", "data__dir": "/nowhere"}, "data.dir: there is no folder"),
         ({"data__name": "imagenet2012"}, "data.dir is not set"),
