@@ -44,6 +44,7 @@ setup(
         "clu>=0.0.12",
         "flatbuffers>=24",
         "flax>=0.12",
+        "google-crc32c>=1.5",
         "grain>=0.2.12",
         "jax>=0.8",
         "ml-collections>=1.0",

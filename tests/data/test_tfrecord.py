@@ -79,6 +79,16 @@ def test_damaged_length_is_named_with_its_record(shard):
         offset_index(str(shard))
 
 
+def test_damaged_data_fail_their_checksum(shard):
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"x" * 100) + 50] ^= 1
+    shard.write_bytes(data)
+    reader = TfrecordReader([str(shard)], [4])
+    assert [reader.read(0, i) for i in (0, 1, 3)] == [RECORDS[i] for i in (0, 1, 3)]
+    with pytest.raises(DecodeError, match=r"damaged.*a\.tfrecord"):
+        reader.read(0, 2)
+
+
 def test_shard_with_another_number_of_records_is_named(shard):
     with pytest.raises(ValueError, match=r"a\.tfrecord holds 4 records .* says 5"):
         TfrecordReader([str(shard)], [5])
