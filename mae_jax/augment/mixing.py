@@ -91,30 +91,16 @@ def mix(
       images: float [B, H, W, C].
       targets: float [B, K], distributions over classes.
       keys: [B / group], one per group.
-      mixup_alpha, cutmix_alpha: lambda ~ Beta(alpha, alpha); 0 switches that way off, not both.
+      mixup_alpha, cutmix_alpha: lambda ~ Beta(alpha, alpha); 0 switches one of the ways off.
       probability: that a group is mixed at all.
       switch_probability: of cutmix, where both ways are on.
-      group: images in a group; even.
+      group: images in a group; even, and a divisor of B.
 
     Returns:
       images and targets, same shapes and dtypes: lambda of each example's own, 1 - lambda of its
       partner's. Under cutmix, lambda is the share of the picture outside the box.
-
-    Raises:
-      ValueError: the batch does not divide into groups, or no way to mix is on.
     """
-    b, height, width, channels = images.shape
-    if group < 2 or group % 2 or b % group:
-        raise ValueError(
-            f"augment.mix_group={group}: must be even and divide the batch of {b} images"
-        )
-    if keys.shape[0] != b // group:
-        raise ValueError(f"{b // group} groups of {group} images need as many keys: {keys.shape}")
-    if min(mixup_alpha, cutmix_alpha) < 0 or mixup_alpha == cutmix_alpha == 0:
-        raise ValueError(
-            f"augment.mixup={mixup_alpha}, augment.cutmix={cutmix_alpha}: neither may be negative, "
-            "and one must be above 0 to mix"
-        )
+    _, height, width, channels = images.shape
     cutmix_share = switch_probability if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
 
     def weights(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,14 +154,8 @@ def _integer(u: jax.Array, n: jax.Array | int) -> jax.Array:
     return (u * n).astype(jnp.int32)
 
 
-def _box_mask(
-    height: int,
-    width: int,
-    top: jax.Array,
-    bottom: jax.Array,
-    left: jax.Array,
-    right: jax.Array,
-) -> jax.Array:
-    """True inside the box: bool [H, W]."""
+def _box_mask(height: int, width: int, *box: jax.Array) -> jax.Array:
+    """True inside the box of (top, bottom, left, right): bool [H, W]."""
+    top, bottom, left, right = box
     y, x = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
     return (top <= y) & (y < bottom) & (left <= x) & (x < right)

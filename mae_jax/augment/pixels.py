@@ -5,10 +5,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# Mean and standard deviation of ImageNet's pixels in [0, 1], red, green, blue (reference recipe).
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 def example_keys(key: jax.Array, step: jax.Array | int, positions: jax.Array) -> jax.Array:
     """One random key per example, the same whatever the number of devices.
@@ -48,12 +44,9 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
     Returns:
       float32 [B, H, W, C].
-
-    Raises:
-      ValueError: ``mean`` or ``std`` does not have C values.
     """
-    mean, std = _per_channel(images, mean, std)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    pixels = images.astype(jnp.float32) / 255.0
+    return (pixels - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -65,22 +58,7 @@ def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) 
 
     Returns:
       uint8 [B, H, W, C].
-
-    Raises:
-      ValueError: ``mean`` or ``std`` does not have C values.
     """
-    mean, std = _per_channel(images, mean, std)
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     pixels = (images.astype(jnp.float32) * std + mean) * 255.0
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
-
-
-def _per_channel(
-    images: jax.Array, mean: Sequence[float], std: Sequence[float]
-) -> tuple[jax.Array, jax.Array]:
-    channels = images.shape[-1]
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"images have {channels} channels, but mean has {len(mean)} values and std {len(std)}: "
-            "give one of each per channel"
-        )
-    return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)

@@ -7,9 +7,11 @@ other work on the machine disturbs all; CPU-seconds are disturbed least.
 
 import dataclasses
 import io
+import multiprocessing
 import os
-import resource
+import pathlib
 import statistics
+import sys
 import time
 
 import numpy as np
@@ -26,7 +28,6 @@ from mae_jax.tasks.inputs import open_splits
 
 ROUNDS = 5
 STEPS = 4  # batches in a round
-WORKER_ROUND = 5  # times as many for every worker process
 LARGEST_BATCH = 128  # a round should take about a second
 COMPARED = 128  # crops whose pixels are compared
 HALF_NYQUIST = (0.2, 0.3)  # cycles a pixel: the band about half the highest frequency
@@ -68,15 +69,9 @@ def main(config: ConfigDict) -> None:
     fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
     ways["plain"] = Plain(**fields)
     of_each = {name: dataclasses.replace(splits, train_transform=way) for name, way in ways.items()}
-    # Worker processes cost seconds to start and a run lasts days: their start is taken out, as
-    # measured on a run that fills one row in each, and a round is longer, to drown its noise.
-    start_up = _cost(splits, 0, splits.workers, rows=1) if splits.workers else np.zeros(2)
-    steps = STEPS * (1 + WORKER_ROUND * splits.workers)
-    for each in of_each.values():
-        _cost(dataclasses.replace(each, workers=0), 0, 1)  # opens the files
-    images = steps * splits.batch_size
+    images = STEPS * splits.batch_size
     costs = [
-        {name: (_cost(s, i * steps, steps) - start_up) / images for name, s in of_each.items()}
+        {name: _cost(each, i * STEPS) / images for name, each in of_each.items()}
         for i in range(ROUNDS)
     ]
     source, (height, width) = splits.train, transform.size
@@ -99,19 +94,28 @@ def main(config: ConfigDict) -> None:
         )
 
 
-def _cost(splits: Splits, start_step: int, steps: int, rows: int | None = None) -> np.ndarray:
-    """Seconds on the wall, and of all threads and ended worker processes, of some batches: [2]."""
-    start = np.array([time.perf_counter(), _cpu_seconds()])
-    positions = np.arange(rows or splits.batch_size)
-    with splits.train_batches(positions, start_step, start_step + steps) as batches:
-        for _ in batches:
-            pass
-    return np.array([time.perf_counter(), _cpu_seconds()]) - start
+def _cost(splits: Splits, start_step: int) -> np.ndarray:
+    """Seconds on the wall, and of all threads and workers, that the batches of a round take: [2].
+
+    From one batch to another in the middle of a run: neither the start of worker processes, which
+    takes seconds, nor what is made ahead counts.
+    """
+    positions = np.arange(splits.batch_size)
+    with splits.train_batches(positions, start_step, sys.maxsize) as batches:
+        next(batches)
+        start = _seconds()
+        for _ in range(STEPS):
+            next(batches)
+        return _seconds() - start
 
 
-def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usages)
+def _seconds() -> np.ndarray:
+    """Time on the wall, and CPU time of this process and its workers: [2]."""
+    cpu = time.process_time()
+    for worker in multiprocessing.active_children():
+        fields = pathlib.Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        cpu += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user, system
+    return np.array([time.perf_counter(), cpu])
 
 
 def _crops(splits: Splits, transform: TrainTransform) -> list[np.ndarray]:

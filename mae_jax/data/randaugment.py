@@ -27,44 +27,20 @@ SOLARIZE_ADD = 110  # grey levels
 Fill = tuple[int, ...]
 
 
-def _rotate(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    angle = sign * ROTATE_DEGREES * share  # counterclockwise, about the centre
-    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=_color(fill))
+GREY_LEVELS = np.arange(256)
+
+Op = Callable[[Image.Image, float, int, Fill | int], Image.Image]
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    # The matrix leads from places in the result to places in the picture, (x, y) from top left.
+def _moved(image: Image.Image, fill: Fill | int, x: tuple, y: tuple) -> Image.Image:
+    # (x, y, 1) times these rows leads from places in the result to the picture's, from top left.
     bicubic = Image.Resampling.BICUBIC
-    size, kind = image.size, Image.Transform.AFFINE
-    return image.transform(size, kind, matrix, bicubic, fillcolor=_color(fill))
-
-
-def _color(fill: Fill) -> int | Fill:
-    return fill if len(fill) > 1 else fill[0]
-
-
-def _shear_x(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, sign * SHEAR * share, 0, 0, 1, 0), fill)
-
-
-def _shear_y(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, sign * SHEAR * share, 1, 0), fill)
-
-
-def _translate_x(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, sign * TRANSLATE * share * image.width, 0, 1, 0), fill)
-
-
-def _translate_y(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, sign * TRANSLATE * share * image.height), fill)
+    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), bicubic, fillcolor=fill)
 
 
 def _mapped(image: Image.Image, table: np.ndarray) -> Image.Image:
     """Every grey level v becomes ``table[v]``."""
     return image.point(table.tolist() * len(image.getbands()))
-
-
-GREY_LEVELS = np.arange(256)
 
 
 def _posterized(image: Image.Image, bits: int) -> Image.Image:
@@ -73,73 +49,61 @@ def _posterized(image: Image.Image, bits: int) -> Image.Image:
     return _mapped(image, GREY_LEVELS & ~(2 ** (8 - bits) - 1))
 
 
-def _posterize(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return _posterized(image, int(POSTERIZE_BITS * share))
-
-
-def _posterize_increasing(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return _posterized(image, POSTERIZE_BITS - int(POSTERIZE_BITS * share))
-
-
-def _solarize(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.solarize(image, int(256 * share))
-
-
-def _solarize_increasing(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.solarize(image, 256 - int(256 * share))
-
-
-def _solarize_add(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
+def _solarize_add(image: Image.Image, share: float, sign: int, fill: Fill | int) -> Image.Image:
     brighter = np.minimum(GREY_LEVELS + int(SOLARIZE_ADD * share), 255)
     return _mapped(image, np.where(GREY_LEVELS < 128, brighter, GREY_LEVELS))
 
 
-Op = Callable[[Image.Image, float, int, Fill], Image.Image]
+def _enhanced(enhancer: type) -> Op:
+    return lambda image, share, sign, fill: enhancer(image).enhance(0.1 + 1.8 * share)
 
 
-def _enhance(enhancer: type, increasing: bool) -> Op:
-    def op(image: Image.Image, share: float, sign: int, fill: Fill) -> Image.Image:
-        factor = 1.0 + sign * ENHANCE * share if increasing else 0.1 + 1.8 * share
-        return enhancer(image).enhance(factor)
-
-    return op
+def _enhanced_increasing(enhancer: type) -> Op:
+    return lambda image, share, sign, fill: enhancer(image).enhance(1 + sign * ENHANCE * share)
 
 
-# Each takes the level as a share of the maximum, and a sign (+1 or -1) if it has two directions.
+# Each takes the level as a share of the maximum, a sign (+1 or -1) for ops that have two
+# directions, and the grey levels of what a moved picture leaves empty.
 _COMMON: dict[str, Op] = {
     "AutoContrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
     "Invert": lambda image, share, sign, fill: ImageOps.invert(image),
-    "Rotate": _rotate,
+    "Rotate": lambda image, share, sign, fill: image.rotate(  # counterclockwise, about the centre
+        sign * ROTATE_DEGREES * share, Image.Resampling.BICUBIC, fillcolor=fill
+    ),
     "SolarizeAdd": _solarize_add,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    "ShearX": lambda image, share, sign, fill: _moved(
+        image, fill, (1, sign * SHEAR * share, 0), (0, 1, 0)
+    ),
+    "ShearY": lambda image, share, sign, fill: _moved(
+        image, fill, (1, 0, 0), (sign * SHEAR * share, 1, 0)
+    ),
+    "TranslateXRel": lambda image, share, sign, fill: _moved(
+        image, fill, (1, 0, sign * TRANSLATE * share * image.width), (0, 1, 0)
+    ),
+    "TranslateYRel": lambda image, share, sign, fill: _moved(
+        image, fill, (1, 0, 0), (0, 1, sign * TRANSLATE * share * image.height)
+    ),
 }
+_ENHANCERS = ("Color", "Contrast", "Brightness", "Sharpness")
 PLAIN_OPS: dict[str, Op] = _COMMON | {
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "Color": _enhance(ImageEnhance.Color, False),
-    "Contrast": _enhance(ImageEnhance.Contrast, False),
-    "Brightness": _enhance(ImageEnhance.Brightness, False),
-    "Sharpness": _enhance(ImageEnhance.Sharpness, False),
+    "Posterize": lambda image, share, sign, fill: _posterized(image, int(POSTERIZE_BITS * share)),
+    "Solarize": lambda image, share, sign, fill: ImageOps.solarize(image, int(256 * share)),
+    **{name: _enhanced(getattr(ImageEnhance, name)) for name in _ENHANCERS},
 }
 INCREASING_OPS: dict[str, Op] = _COMMON | {
-    "PosterizeIncreasing": _posterize_increasing,
-    "SolarizeIncreasing": _solarize_increasing,
-    "ColorIncreasing": _enhance(ImageEnhance.Color, True),
-    "ContrastIncreasing": _enhance(ImageEnhance.Contrast, True),
-    "BrightnessIncreasing": _enhance(ImageEnhance.Brightness, True),
-    "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness, True),
+    "PosterizeIncreasing": lambda image, share, sign, fill: _posterized(
+        image, POSTERIZE_BITS - int(POSTERIZE_BITS * share)
+    ),
+    "SolarizeIncreasing": lambda image, share, sign, fill: ImageOps.solarize(
+        image, 256 - int(256 * share)
+    ),
+    **{f"{n}Increasing": _enhanced_increasing(getattr(ImageEnhance, n)) for n in _ENHANCERS},
 }
-_ALL_OPS = PLAIN_OPS | INCREASING_OPS
 
 
 def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> np.ndarray:
-    """Does one op to one picture.
-
-    The names, and what a level means, are timm's (timm.data.auto_augment).
+    """Does one op to one picture. The names, and what a level means, are timm's.
 
     Args:
       name: of `PLAIN_OPS` or `INCREASING_OPS`.
@@ -151,21 +115,11 @@ def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> 
 
     Returns:
       uint8 [H, W, C].
-
-    Raises:
-      ValueError: unknown op, or channels that Pillow does not have.
     """
-    if name not in _ALL_OPS:
-        raise ValueError(f"no op {name!r}: choose among {', '.join(sorted(_ALL_OPS))}")
-    channels = image.shape[2]
-    if channels not in (1, 3) or len(fill) != channels:
-        raise ValueError(
-            f"RandAugment works on pictures of 1 or 3 channels with as many values of fill; got "
-            f"{channels} channels and fill {fill}"
-        )
-    picture = Image.fromarray(image if channels == 3 else image[:, :, 0])
-    result = _ALL_OPS[name](picture, level / MAX_LEVEL, sign, fill)
-    return np.asarray(result).reshape(image.shape)
+    op = (PLAIN_OPS | INCREASING_OPS)[name]
+    picture = Image.fromarray(image if len(fill) == 3 else image[:, :, 0])
+    color = fill if len(fill) == 3 else fill[0]
+    return np.asarray(op(picture, level / MAX_LEVEL, sign, color)).reshape(image.shape)
 
 
 @dataclasses.dataclass(frozen=True)

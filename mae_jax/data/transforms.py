@@ -20,6 +20,7 @@ from mae_jax.data.record import ArraySpec, DecodeError, Record
 cv2.setNumThreads(0)
 
 Box = tuple[float, float, float, float]  # top, left, height, width, in pixels
+Range = tuple[float, float]  # low, high
 
 JPEG_START = b"\xff\xd8"
 EXIF_ORIENTATION = 0x0112
@@ -137,11 +138,7 @@ def _array_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
 
 
 def random_resized_crop_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range
 ) -> Box:
     """Draws a crop as torchvision's RandomResizedCrop does.
 
@@ -152,11 +149,11 @@ def random_resized_crop_box(
     Args:
       rng: consumed; nothing else is random.
       height, width: of the picture, pixels.
-      scale: share of the area, e.g. (0.2, 1.0) (MAE, Table 8).
-      ratio: width / height, e.g. (3/4, 4/3).
+      scale: e.g. (0.2, 1.0) (MAE, Table 8).
+      ratio: e.g. (3/4, 4/3).
 
     Returns:
-      top, left, height, width in pixels, inside the picture.
+      A box of whole pixels inside the picture.
     """
     for _ in range(CROP_TRIES):
         h, w = _crop_sides(rng, height, width, scale, ratio)
@@ -172,43 +169,24 @@ def random_resized_crop_box(
 
 
 def single_try_crop_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range
 ) -> Box:
     """Draws one crop, its sides cut to the picture's: what MAE's linear probes train on.
 
-    Area and aspect ratio as in `random_resized_crop_box`, which draws again where the crop does
-    not fit; here a large crop of a long picture therefore is more often a whole side of it.
-
-    Args:
-      rng: consumed; nothing else is random.
-      height, width: of the picture, pixels.
-      scale: share of the area, e.g. (0.08, 1.0) (MAE, Table 10).
-      ratio: width / height before cutting, e.g. (3/4, 4/3).
-
-    Returns:
-      top, left, height, width in pixels, inside the picture.
+    As `random_resized_crop_box`, which draws again where the crop does not fit; here a large crop
+    of a long picture therefore is more often a whole side of it.
     """
     h, w = _crop_sides(rng, height, width, scale, ratio)
     return _placed(rng, height, width, max(1, min(h, height)), max(1, min(w, width)))
 
 
 def _crop_sides(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range
 ) -> tuple[int, int]:
     """Height and width of a crop, pixels: area uniform, aspect ratio log-uniform; may not fit."""
     area = height * width * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    w = round(math.sqrt(area * aspect))
-    h = round(math.sqrt(area / aspect))
-    return h, w
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 def _placed(rng: np.random.Generator, height: int, width: int, h: int, w: int) -> Box:
@@ -216,36 +194,6 @@ def _placed(rng: np.random.Generator, height: int, width: int, h: int, w: int) -
     top = int(rng.integers(0, height - h, endpoint=True))
     left = int(rng.integers(0, width - w, endpoint=True))
     return top, left, h, w
-
-
-def resize_fast(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Crops and resizes, antialiased, with OpenCV: near Pillow's bicubic, five times as fast.
-
-    OpenCV's cubic looks at 4 x 4 pixels however much a picture shrinks, so along a side that
-    shrinks the crop is first blurred by what its pixels will stand for. On ImageNet photographs at
-    224 px the result is 0.9 grey levels (mean absolute difference) from Pillow's, with four fifths
-    of its power at half the highest frequency where it shrinks and a tenth more where it enlarges.
-
-    Args:
-      image: uint8 [H, W, C].
-      box: part of ``image`` to take; rounded to whole pixels.
-      size: height and width of the result, pixels.
-
-    Returns:
-      uint8 [*size, C].
-    """
-    top, left = int(box[0]), int(box[1])
-    h = max(1, min(round(box[2]), image.shape[0] - top))
-    w = max(1, min(round(box[3]), image.shape[1] - left))
-    crop = image[top : top + h, left : left + w]
-    shrink_y, shrink_x = max(1.0, h / size[0]), max(1.0, w / size[1])
-    if shrink_y > 1 or shrink_x > 1:
-        taps = 2 * math.ceil(shrink_x) - 1, 2 * math.ceil(shrink_y) - 1  # 1 tap: left as it is
-        sigma_x, sigma_y = BLUR_PER_SHRINK * shrink_x, BLUR_PER_SHRINK * shrink_y
-        border = cv2.BORDER_REPLICATE
-        crop = cv2.GaussianBlur(crop, taps, sigma_x, sigmaY=sigma_y, borderType=border)
-    out = cv2.resize(crop, size[::-1], interpolation=cv2.INTER_CUBIC)
-    return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
 
 
 def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
@@ -275,6 +223,29 @@ def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarr
     return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=2)
 
 
+def resize_fast(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """Crops and resizes, antialiased, with OpenCV: near Pillow's bicubic, five times as fast.
+
+    OpenCV's cubic looks at 4 x 4 pixels however much a picture shrinks, so along a side that
+    shrinks the crop is first blurred by what its pixels will stand for. On ImageNet photographs at
+    224 px the result is 0.9 grey levels (mean absolute difference) from Pillow's, with four fifths
+    of its power at half the highest frequency where it shrinks and a tenth more where it enlarges.
+    The box is rounded to whole pixels.
+    """
+    top, left = int(box[0]), int(box[1])
+    h = max(1, min(round(box[2]), image.shape[0] - top))
+    w = max(1, min(round(box[3]), image.shape[1] - left))
+    crop = image[top : top + h, left : left + w]
+    shrink_y, shrink_x = max(1.0, h / size[0]), max(1.0, w / size[1])
+    if shrink_y > 1 or shrink_x > 1:
+        taps = 2 * math.ceil(shrink_x) - 1, 2 * math.ceil(shrink_y) - 1  # 1 tap: left as it is
+        sigma_x, sigma_y = BLUR_PER_SHRINK * shrink_x, BLUR_PER_SHRINK * shrink_y
+        border = cv2.BORDER_REPLICATE
+        crop = cv2.GaussianBlur(crop, taps, sigma_x, sigmaY=sigma_y, borderType=border)
+    out = cv2.resize(crop, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
+
+
 RESIZES = {"exact": resize_exact, "fast": resize_fast}
 
 
@@ -290,7 +261,7 @@ def centre_box(height: int, width: int, size: tuple[int, int], crop_ratio: float
       crop_ratio: crop over resized short side; 224 / 256 for the usual evaluation at 224.
 
     Returns:
-      top, left, height, width in pixels of the picture, fractions included.
+      A box of the picture, fractions included.
     """
     out_h, out_w = size
     full_h, full_w = int(out_h / crop_ratio), int(out_w / crop_ratio)
@@ -305,19 +276,42 @@ def centre_box(height: int, width: int, size: tuple[int, int], crop_ratio: float
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainTransform:
+class _Crop:
+    """A decoded picture's part, resized to what a model takes."""
+
+    size: tuple[int, int]
+    """Height and width of the result, pixels."""
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise UserError(
+                f"model.image_size={self.size}: needs a height and a width of at least 1"
+            )
+        if self.channels < 1:
+            raise UserError(f"model.channels={self.channels}: needs at least 1")
+
+    @property
+    def schema(self) -> dict[str, ArraySpec]:
+        """What it makes of a record."""
+        return {"image": ArraySpec((*self.size, self.channels), np.uint8)}
+
+    def decode(self, record: Record) -> np.ndarray:
+        """The whole picture, uint8 [H, W, channels]. Raises DecodeError naming the record."""
+        return decode(record.image, self.channels, record.name, upright=record.upright)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform(_Crop):
     """Decode, random crop, resize: what MAE pretrains on, but for the flip (MAE, Table 8).
 
     ``crop="single_try"`` draws the crop once (linear probing); ``crop="centre"`` takes the
     evaluation crop instead of a random one (MAE, Table 1e, "none").
     """
 
-    size: tuple[int, int]
-    """Height and width of the result, pixels."""
-    channels: int = 3
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: Range = (0.2, 1.0)
     """Share of the picture's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Range = (3 / 4, 4 / 3)
     """Width over height."""
     crop: str = "random_resized"
     """One of `CROPS`."""
@@ -327,7 +321,7 @@ class TrainTransform:
     """Done to the resized crop (fine-tuning)."""
 
     def __post_init__(self) -> None:
-        _check_size(self.size, self.channels)
+        super().__post_init__()
         for field, value, choices in (
             ("data.crop", self.crop, CROPS),
             ("data.resize", self.resize, RESIZES),
@@ -344,14 +338,9 @@ class TrainTransform:
                 f"{self.channels}; RandAugment needs 1 or 3 channels and as many values"
             )
 
-    @property
-    def schema(self) -> dict[str, ArraySpec]:
-        """What it makes of a record."""
-        return _image_schema(self.size, self.channels)
-
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns "image"; consumes ``rng``. Raises DecodeError naming the record."""
-        image = decode(record.image, self.channels, record.name, upright=record.upright)
+        image = self.decode(record)  # [H, W, C]
         box = self.box(rng, *image.shape[:2])
         crop = RESIZES[self.resize](image, box, self.size)  # [H, W, C]
         if self.randaugment is None:
@@ -372,28 +361,20 @@ class TrainTransform:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalTransform:
+class EvalTransform(_Crop):
     """Decode, resize the short side, crop the centre; Pillow's antialiased bicubic.
 
     As the MAE evaluation: short side to 256 and crop 224, in proportion for smaller inputs;
     inputs above 224 px are not cut (``crop_ratio`` 1). A rectangle is covered likewise.
     """
 
-    size: tuple[int, int]
-    """Height and width of the result, pixels."""
-    channels: int = 3
     crop_ratio: float | None = None
     """Crop over resized side, in (0, 1]. None: 224 / 256 up to 224 px, else 1."""
 
     def __post_init__(self) -> None:
-        _check_size(self.size, self.channels)
+        super().__post_init__()
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise UserError(f"crop_ratio={self.crop_ratio}: needs 0 < crop_ratio <= 1")
-
-    @property
-    def schema(self) -> dict[str, ArraySpec]:
-        """What it makes of a record."""
-        return _image_schema(self.size, self.channels)
 
     def __call__(
         self, record: Record, rng: np.random.Generator | None = None
@@ -403,21 +384,10 @@ class EvalTransform:
 
     def image(self, record: Record) -> np.ndarray:
         """The picture as the model sees it, uint8 [*size, channels]."""
-        image = decode(record.image, self.channels, record.name, upright=record.upright)
+        image = self.decode(record)  # [H, W, C]
         ratio = self.crop_ratio or _eval_crop_ratio(self.size)
         return resize_exact(image, centre_box(*image.shape[:2], self.size, ratio), self.size)
 
 
-def _image_schema(size: tuple[int, int], channels: int) -> dict[str, ArraySpec]:
-    return {"image": ArraySpec((*size, channels), np.uint8)}
-
-
 def _eval_crop_ratio(size: tuple[int, int]) -> float:
     return EVAL_CROP_RATIO if max(size) <= EVAL_CROP_RATIO_UP_TO else 1.0
-
-
-def _check_size(size: tuple[int, int], channels: int) -> None:
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"model.image_size={size}: needs a height and a width of at least 1")
-    if channels < 1:
-        raise UserError(f"model.channels={channels}: needs at least 1")

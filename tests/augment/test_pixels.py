@@ -1,11 +1,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from mae_jax.augment.pixels import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     denormalize,
     example_keys,
     normalize,
@@ -13,6 +10,7 @@ from mae_jax.augment.pixels import (
 )
 
 KEY = jax.random.key(5)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 6, 5, 3), np.uint8)
 
 
@@ -40,19 +38,14 @@ def test_flip_mirrors_about_half_of_the_images_left_to_right():
 
 
 def test_normalize_is_the_formula_and_denormalize_its_inverse():
-    out = jax.jit(lambda x: normalize(x, IMAGENET_MEAN, IMAGENET_STD))(IMAGES)
+    out = jax.jit(lambda x: normalize(x, MEAN, STD))(IMAGES)
     assert out.dtype == jnp.float32
-    expected = (IMAGES / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    expected = (IMAGES / 255 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_array_equal(denormalize(out, IMAGENET_MEAN, IMAGENET_STD), IMAGES)
+    np.testing.assert_array_equal(denormalize(out, MEAN, STD), IMAGES)
 
 
 def test_denormalize_clips_what_no_picture_can_show():
     out = denormalize(jnp.array([[[[-9.0], [9.0]]]]), (0.5,), (0.5,))
     assert out.dtype == jnp.uint8
     assert out.ravel().tolist() == [0, 255]
-
-
-def test_wrong_number_of_means_is_refused():
-    with pytest.raises(ValueError, match="3 channels, but mean has 1 values"):
-        normalize(IMAGES, (0.5,), (0.5,))

@@ -14,7 +14,7 @@ from mae_jax.data.transforms import TrainTransform
 def test_bench_prints_rates_and_truth_of_both_ways_beside_the_plain_one(
     monkeypatch, capsys, workers
 ):
-    for name, value in {"ROUNDS": 2, "STEPS": 1, "COMPARED": 24}.items():
+    for name, value in {"ROUNDS": 2, "STEPS": 2, "COMPARED": 24}.items():
         monkeypatch.setattr(bench, name, value)
     config = default_config()
     config.batch_size, config.data.name, config.data.threads = 8, "demo", 2

@@ -1,4 +1,3 @@
-import pickle
 from collections import Counter
 
 import numpy as np
@@ -31,56 +30,10 @@ def shifted(image, dy, dx, fill=FILL):
     return out
 
 
-def test_invert_is_the_negative():
-    np.testing.assert_array_equal(do("Invert", IMAGE, 3), 255 - IMAGE)
-
-
-def test_autocontrast_stretches_each_channel_to_the_whole_range():
-    out = do("AutoContrast", SMOOTH, 5)
-    low, high = SMOOTH.min((0, 1)).astype(float), SMOOTH.max((0, 1))
-    assert out.min((0, 1)).tolist() == [0, 0, 0]
-    expected = (SMOOTH - low) * 255 / (high - low)
-    assert np.abs(out - expected).max() <= 1  # Pillow rounds down
-
-
-def test_equalize_gives_every_grey_level_the_same_share():
-    skewed = (255 * RNG.random((64, 64, 3)) ** 3).astype(np.uint8)
-    out = do("Equalize", skewed, 5)
-    for quantile in (0.25, 0.5, 0.75):
-        assert np.quantile(out, quantile) == pytest.approx(255 * quantile, abs=8)
-
-
 @pytest.mark.parametrize(("level", "bits"), [(0, 4), (2.4, 4), (2.6, 3), (9, 1), (10, 0)])
 def test_posterize_increasing_keeps_fewer_bits_up_to_none(level, bits):
     expected = IMAGE // 2 ** (8 - bits) * 2 ** (8 - bits) if bits else 0 * IMAGE
     np.testing.assert_array_equal(do("PosterizeIncreasing", IMAGE, level), expected)
-
-
-@pytest.mark.parametrize(("level", "bits"), [(10, 4), (9, 3), (2.6, 1), (2.4, 0), (0, 0)])
-def test_plain_posterize_keeps_more_bits_up_to_four(level, bits):
-    expected = IMAGE // 2 ** (8 - bits) * 2 ** (8 - bits) if bits else 0 * IMAGE
-    np.testing.assert_array_equal(do("Posterize", IMAGE, level), expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "level", "threshold"),
-    [
-        ("SolarizeIncreasing", 9, 26),
-        ("SolarizeIncreasing", 0, 256),
-        ("SolarizeIncreasing", 10, 0),
-        ("Solarize", 9, 230),
-        ("Solarize", 0, 0),
-    ],
-)
-def test_solarize_inverts_what_is_not_below_the_threshold(name, level, threshold):
-    expected = np.where(threshold > IMAGE, IMAGE, 255 - IMAGE)
-    np.testing.assert_array_equal(do(name, IMAGE, level), expected)
-
-
-@pytest.mark.parametrize(("level", "added"), [(0, 0), (5, 55), (9, 99), (10, 110)])
-def test_solarize_add_brightens_the_dark_half(level, added):
-    expected = np.where(IMAGE < 128, IMAGE + added, IMAGE)  # at most 127 + 110
-    np.testing.assert_array_equal(do("SolarizeAdd", IMAGE, level), expected)
 
 
 @pytest.mark.parametrize(
@@ -96,29 +49,6 @@ def test_solarize_add_brightens_the_dark_half(level, added):
 def test_brightness_multiplies(name, level, sign, factor):
     expected = np.clip(factor * IMAGE, 0, 255)
     assert np.abs(do(name, IMAGE, level, sign) - expected).max() <= 1
-
-
-@pytest.mark.parametrize(("sign", "factor"), [(1, 1.81), (-1, 0.19)])
-def test_contrast_is_scaled_about_the_mean_of_gray_and_color_about_gray(sign, factor):
-    gray = SMOOTH @ [0.299, 0.587, 0.114]
-    for name, centre in (
-        ("ContrastIncreasing", gray.mean()),
-        ("ColorIncreasing", gray[:, :, None]),
-    ):
-        expected = np.clip(centre + factor * (SMOOTH - centre), 0, 255)
-        assert np.abs(do(name, SMOOTH, 9, sign) - expected).max() <= 2
-
-
-def test_sharpness_blurs_or_sharpens_an_edge():
-    edge = np.full((8, 8, 3), 100, np.uint8)
-    edge[:, 4:] = 150
-
-    def steepest(image):
-        return np.abs(np.diff(image[4, :, 0].astype(int))).max()
-
-    assert steepest(do("SharpnessIncreasing", edge, 9, -1)) < 50
-    assert steepest(do("SharpnessIncreasing", edge, 9, 1)) > 50
-    np.testing.assert_array_equal(do("SharpnessIncreasing", edge, 0, 1), edge)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -154,13 +84,6 @@ def test_rotation_is_counterclockwise_about_the_centre(sign, level):
     np.testing.assert_allclose((y, x), (50 - 30 * np.sin(angle), 50 + 30 * np.cos(angle)), atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"])
-def test_what_a_moved_picture_leaves_empty_is_filled(name):
-    white = np.full((32, 32, 3), 255, np.uint8)
-    values = np.unique(do(name, white, 9).reshape(-1, 3), axis=0).tolist()
-    assert values == [list(FILL), [255, 255, 255]]
-
-
 @pytest.mark.parametrize("name", sorted(PLAIN_OPS | INCREASING_OPS))
 def test_every_op_treats_one_channel_as_three_equal_ones(name):
     gray = SMOOTH[:, :, :1]
@@ -184,15 +107,6 @@ def test_tiny_pictures_work(shape):
     for name in PLAIN_OPS | INCREASING_OPS:
         for level in (0, 9, 10):
             assert do(name, image, level, -1).shape == shape
-
-
-def test_op_that_is_not_there_and_channels_that_pillow_lacks_are_refused():
-    with pytest.raises(ValueError, match=r"no op 'Cutout'.*Invert"):
-        do("Cutout", IMAGE, 5)
-    with pytest.raises(ValueError, match="1 or 3 channels"):
-        apply("Invert", np.zeros((4, 4, 2), np.uint8), 5, 1, (0, 0))
-    with pytest.raises(ValueError, match=r"3 channels and fill \(0,\)"):
-        apply("Invert", IMAGE, 5, 1, (0,))
 
 
 def drawn(monkeypatch, spec, count):
@@ -267,12 +181,6 @@ def test_augmentation_is_a_function_of_the_generator_and_leaves_its_input_alone(
     assert {(out.shape, out.dtype) for out in first} == {(IMAGE.shape, np.dtype(np.uint8))}
 
 
-def test_one_channel_is_augmented_with_a_fill_of_one_value():
-    augment = parse_randaugment(RECIPE, (114,))
-    for seed in range(10):
-        assert augment(IMAGE[:, :, :1], np.random.default_rng(seed)).shape == (20, 40, 1)
-
-
 def test_notation_is_read_in_any_order_with_timms_defaults():
     augment = parse_randaugment(RECIPE, FILL)
     assert (augment.magnitude, augment.deviation, augment.count) == (9, 0.5, 2)
@@ -312,8 +220,3 @@ def test_other_notation_is_refused_by_field_with_the_remedy(spec):
 def test_fill_that_no_picture_can_have_is_refused(fill):
     with pytest.raises(ValueError, match=r"augment\.randaugment.*1 or 3 channels"):
         parse_randaugment(RECIPE, fill)
-
-
-def test_it_survives_pickling():
-    augment = parse_randaugment(RECIPE, FILL)
-    assert pickle.loads(pickle.dumps(augment)) == augment
