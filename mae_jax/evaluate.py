@@ -285,10 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="", help="TFDS data dir, or the folder of images")
     parser.add_argument("--split", default="", help="of --data (default: validation)")
     parser.add_argument(
-        "--robustness",
-        default="",
-        choices=tuple(BENCHMARKS),
-        help="a benchmark, in place of --data",
+        "--robustness", default="", choices=tuple(BENCHMARKS), help="a benchmark, not --data"
     )
     parser.add_argument("--corruptions", default="", help="some of c's, as fog,snow; gives no mCE")
     parser.add_argument(

@@ -100,11 +100,7 @@ class OverSplit:
     ) -> Iterator[Results]:
         """What the function gives for every batch of a source; `loading`: of `eval_batches`."""
         batches = eval_batches(
-            source,
-            transform,
-            batch_size=self.batch_size,
-            positions=self.positions,
-            **loading,
+            source, transform, batch_size=self.batch_size, positions=self.positions, **loading
         )
         with batches:
             yield from self(params, batches, examples=len(source), label=label)
@@ -185,19 +181,9 @@ class Parts:
         return np.flatnonzero(absent)
 
     def compute(
-        self,
-        run: OverSplit,
-        params: Any,
-        source: Source,
-        transform: Transform,
-        **options: Any,
+        self, run: OverSplit, params: Any, source: Source, transform: Transform, **options: Any
     ) -> None:
-        """Computes what is missing.
-
-        Args:
-          run: its function gives rows, "weight" among them.
-          options: as of `OverSplit.over`.
-        """
+        """Computes what is missing; `run` gives rows, "weight" among them. See `OverSplit.over`."""
         missing = self.missing()
         if not len(missing):
             return

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 GREY = 128
 MIN_SIDE = 112  # pixels: small images are enlarged so that people can see them
 GAP = 6
+ROOM = 1200  # pixels: rows stand side by side up to this width
 FONT = ImageFont.load_default(13)
 LINE = 18  # pixels a line of text takes
 BLACK, FAINT, GREEN, RED = "black", "dimgrey", "darkgreen", "firebrick"
@@ -139,7 +140,7 @@ def _sheet(
     Args:
       pictures: [R, K, H, W, C] uint8.
       lines: [R][K] lists of lines, below each picture; [R][1], as wide as the row, below each row.
-      columns: K headings, or none.
+      columns: K headings, or none. Rows with headings stand in as many blocks as there is room for.
 
     Returns:
       [height, width, 3] uint8.
@@ -149,13 +150,16 @@ def _sheet(
     rgb = pictures if channels == 3 else pictures[..., np.arange(3) % min(channels, 3)]
     rgb = rgb.repeat(zoom, axis=2).repeat(zoom, axis=3)
     height, width = height * zoom, width * zoom
-    whole = across * (width + GAP) - GAP
+    block = across * (width + GAP) - GAP
+    blocks = max(1, min(count // 2, ROOM // block)) if columns else 1
+    rows = -(-count // blocks)
+    whole = blocks * (block + 3 * GAP) - 3 * GAP
     header = [(text, BLACK) for text in _wrapped(title, whole)]
     header += [(text, FAINT) for text in _wrapped(note, whole)]
     below = max(len(cell) for row in lines for cell in row) * LINE
     row_height = height + below + GAP
     top = GAP + len(header) * LINE + (LINE if columns else 0) + (GAP if header else 0)
-    sheet = Image.new("RGB", (whole + 2 * GAP, top + count * row_height), "white")
+    sheet = Image.new("RGB", (whole + 2 * GAP, top + rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
 
     def write(texts: Sequence[Line], left: int, y: int, room: int) -> None:
@@ -163,18 +167,19 @@ def _sheet(
             draw.text((left, y + number * LINE), _fitting(text, room), fill=colour, font=FONT)
 
     write(header, GAP, GAP, whole)
-    for column, heading in enumerate(columns):
-        left = GAP + column * (width + GAP)
-        write([(heading, BLACK)], left, top - LINE, width)
-    for row in range(count):
-        y = top + row * row_height
+    for index in range(count):
+        left = GAP + index // rows * (block + 3 * GAP)
+        y = top + index % rows * row_height
         for column in range(across):
-            left = GAP + column * (width + GAP)
-            sheet.paste(Image.fromarray(np.ascontiguousarray(rgb[row, column])), (left, y))
-            if len(lines[row]) == across:
-                write(lines[row][column], left, y + height, width)
-        if len(lines[row]) == 1 < across:
-            write(lines[row][0], GAP, y + height, whole)
+            place = left + column * (width + GAP)
+            if columns and y == top:
+                write([(columns[column], BLACK)], place, top - LINE, width)
+            picture = Image.fromarray(np.ascontiguousarray(rgb[index, column]))
+            sheet.paste(picture, (place, y))
+        span = across // len(lines[index])  # pictures a list of lines stands below
+        for number, texts in enumerate(lines[index]):
+            room = span * (width + GAP) - GAP
+            write(texts, left + number * (room + GAP), y + height, room)
     return np.asarray(sheet)
 
 

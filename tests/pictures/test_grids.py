@@ -101,6 +101,22 @@ def test_small_pictures_are_enlarged_and_shown_in_colour(channels):
     assert (shown[1, 1] == 255).all()
 
 
+def test_rows_of_small_pictures_stand_side_by_side():
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 16, 16, 3)).astype(np.uint8)
+    lines = [[[(f"row {r}", "black")]] for r in range(5)]
+    sheet = grids._sheet(pictures, lines, title="", columns=tuple("abcd"))
+    block = 4 * (112 + grids.GAP) - grids.GAP
+    assert sheet.shape[1] == 2 * block + 5 * grids.GAP  # GAP, block, 3 GAP, block, GAP
+    step = 112 + grids.LINE + grids.GAP
+    for index in range(5):
+        left, top = grids.GAP + index // 3 * (block + 3 * grids.GAP), sheet.shape[0] - 3 * step
+        y = top + index % 3 * step
+        for column in range(4):
+            x = left + column * (112 + grids.GAP)
+            shown = sheet[y : y + 112 : 7, x : x + 112 : 7]
+            np.testing.assert_array_equal(shown, pictures[index, column])
+
+
 def test_predictions_are_told_by_class_names_and_counted(monkeypatch):
     texts = written(monkeypatch)
     probabilities = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]])
