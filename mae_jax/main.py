@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +21,7 @@ import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mae_jax
@@ -242,37 +242,30 @@ def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None
     """Raises UserError where a checkpoint belongs to another run."""
     differing = config_lib.differing_fields(record["config"], config)
     if differing:
-        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items()]
+        changes = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items()]
         raise UserError(
-            "the workdir holds checkpoints of another config:\n"
-            + "\n".join(lines)
-            + "\nGive these fields their old values to continue, or choose a new --workdir."
+            f"the workdir holds checkpoints of another config ({'; '.join(changes)}); give these "
+            "fields their old values to continue, or choose a new --workdir"
         )
     examples = record["data"]["examples"]
     if examples != len(data.train):
         raise UserError(
             f"data.dir: the checkpoint was trained on {examples} examples, {data.train.name} "
             f"{data.train.split} now has {len(data.train)}; the order would not be the same. "
-            "Restore the data, or choose a new --workdir."
+            "restore the data, or choose a new --workdir"
         )
 
 
 def announce(setup: Setup) -> None:
     """Logs what is about to run: parameters, mesh, data, length."""
-    config, mesh, data, task, abstract = (
-        setup.config,
-        setup.mesh,
-        setup.data,
-        setup.task,
-        setup.abstract,
-    )
+    config, mesh, data, task = setup.config, setup.mesh, setup.data, setup.task
+    abstract = setup.abstract
     sizes = {name: tree_size(part) for name, part in abstract.params.items()}
     parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     logging.info("parameters: %s (%s); --verbose lists them", f"{sum(sizes.values()):,}", parts)
     if logging.level_debug():
-        table = one_row_per_stack(abstract.params)
-        overview = parameter_overview.get_parameter_overview(table, include_stats="sharding")
-        logging.debug("parameters:\n%s", overview)
+        table = parameter_overview.get_parameter_overview(abstract.params, include_stats="sharding")
+        logging.debug("parameters:\n%s", table)
     if abstract.frozen is not None:
         frozen = f"{tree_size(abstract.frozen):,}"
         logging.info("and %s frozen parameters, which no step changes", frozen)
@@ -308,38 +301,14 @@ def tree_size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def one_row_per_stack(params: Any) -> Any:
-    """Abstract parameters for a table: the equal blocks of a stack shown as one, [depth, ...]."""
-
-    def stack(depth: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = P(None, *leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(
-            (depth, *leaf.shape), leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, spec)
-        )
-
-    table = {}
-    for name, part in params.items():
-        table[name] = dict(part)
-        if "blocks" in part:
-            blocks = part["blocks"]
-            first, *_, last = sorted(blocks, key=int) * 2  # all of it, or the trained end of it
-            block = jax.tree.map(functools.partial(stack, len(blocks)), blocks[first])
-            table[name]["blocks"] = {f"{first}-{last}": block}
-    return table
-
-
 def device_batches(
-    batches: Iterator[dict],
+    batches: Iterable[dict],
     fields: Iterable[str],
     positions: np.ndarray,
     batch_size: int,
     mesh: Mesh,
 ) -> Iterator[dict]:
     """Global device batches of `fields`, the next on its way while the current one is used."""
-    ahead = None
-    for batch in batches:
-        arrays = {name: batch[name] for name in fields}
-        current, ahead = ahead, mesh_lib.global_batch(arrays, positions, batch_size, mesh)
-        if current is not None:
-            yield current
-    yield ahead
+    arrays = ({name: batch[name] for name in fields} for batch in batches)
+    sent = (mesh_lib.global_batch(x, positions, batch_size, mesh) for x in arrays)
+    return (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))

@@ -23,23 +23,12 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError, cli
 from mae_jax.config import FREE_FIELDS, flatten, image_size
-from mae_jax.storage.files import read_json, write_atomically
+from mae_jax.storage.files import read_json, write_json
 from mae_jax.train.metrics import evaluation_at, read_metrics
 
 COLUMNS = (
-    "task",
-    "model",
-    "from",
-    "trained blocks",
-    "data",
-    "epochs",
-    "steps",
-    "batch",
-    "top-1 %",
-    "top-5 %",
-    "loss",
-    "images/s",
-    "seed",
+    *("task", "model", "from", "trained blocks", "data", "epochs", "steps", "batch"),
+    *("top-1 %", "top-5 %", "loss", "images/s", "seed"),
 )
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
@@ -72,14 +61,12 @@ def write_results(
     final = evaluation_at(path, steps)
     if final is None:
         raise ValueError(f"{path / 'metrics.jsonl'} has no eval/top1 of the last step, {steps}")
-    lines = read_metrics(path / "metrics.jsonl")
-    rates = [line.get("train/images_per_second") for line in lines]
+    rates = [x.get("train/images_per_second") for x in read_metrics(path / "metrics.jsonl")]
     rates = [rate for rate in rates if rate is not None]
-    model = config.model
     result = {
         "task": config.task,
-        "variant": model.variant,
-        "patch_size": model.patch_size,
+        "variant": config.model.variant,
+        "patch_size": config.model.patch_size,
         "image_size": list(image_size(config)),
         "init_from": str(config.init_from),
         "trainable_blocks": config.trainable_blocks,
@@ -98,7 +85,7 @@ def write_results(
         "markdown_header": HEADER,
     }
     result["markdown"] = markdown_row([result])
-    write_atomically(path / "results.json", json.dumps(result, indent=2) + "\n")
+    write_json(path / "results.json", result)
     return result
 
 
@@ -106,15 +93,9 @@ def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
     """The results of one run.
 
     Raises:
-      FileNotFoundError: there are none.
-      ValueError: a file that `write_results` did not write.
+      UserError: there are none, or a file that `write_results` did not write.
     """
     path = pathlib.Path(workdir) / "results.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: there is no such file. A run of finetune, scratch or linear_probe writes it "
-            "when it has finished; the command that started the run continues it"
-        )
     result = read_json(path)
     if "config" not in result:
         raise UserError(f"{path}: not a file this project writes")
@@ -213,15 +194,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _finished(workdirs: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
-    """The results that are there; what is left out is told, so that `runs/*` may be asked for."""
+    """The results that are there; what is left out is named, so that `runs/*` may be asked for."""
     found = []
     for workdir in workdirs:
-        try:
+        if (workdir / "results.json").exists():
             found.append(read_results(workdir))
-        except UserError as error:
-            if (workdir / "results.json").exists():
-                raise
-            print(f"left out: {error}", file=sys.stderr)
+        else:
+            note = "no results.json, which a run of finetune, scratch or linear_probe ends with"
+            print(f"left out: {workdir}: {note}", file=sys.stderr)
     if not found:
         raise UserError("none of these workdirs holds the results of a finished supervised run")
     return found

@@ -198,9 +198,9 @@ class Checkpoints:
         except Exception as error:
             kept = [s for s in self.steps() if s != step]
             raise UserError(
-                f"a checkpoint could not be written to {self.directory}: {first_line(error)}\n"
+                f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
                 f"Complete checkpoints: {kept or 'none'}. Make room or mend the disk, then start "
-                "the same command again: it continues from the newest of them."
+                "the same command again: it continues from the newest of them"
             ) from error
 
     def restore_newest(

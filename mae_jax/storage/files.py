@@ -136,11 +136,11 @@ def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      UserError: it is not one.
+      UserError: there is none.
     """
     try:
         content = json.loads(epath.Path(path).read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
