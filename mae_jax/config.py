@@ -12,6 +12,7 @@ import json
 import pathlib
 import textwrap
 import traceback
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -343,12 +344,9 @@ def _largest_divisor(number: int, limit: int, step: int) -> int:
 
 def adjustments(config: ConfigDict, examples: int) -> list[str]:
     """Where the run departs from the recipe because values depend on each other, for the log."""
-    total, batch = (
-        f"a run of {total_steps(config, examples)} steps",
-        f"batch_size = {config.batch_size}",
-    )
-    warmup = warmup_steps(config, examples)
-    used = [("optim.warmup_steps", _recipe_warmup(config, examples), warmup, total)]
+    run, batch = f"{total_steps(config, examples)} steps", f"batch_size = {config.batch_size}"
+    warmup = _recipe_warmup(config, examples), warmup_steps(config, examples)
+    used = [("optim.warmup_steps", *warmup, f"a run of {run}")]
     if config.task in PROBE and config.head.norm_group:
         used.append(("head.norm_group", config.head.norm_group, norm_group(config), batch))
     if config.augment.mixup or config.augment.cutmix:
@@ -360,25 +358,16 @@ def adjustments(config: ConfigDict, examples: int) -> list[str]:
     ]
 
 
-# Checks.
-
-
 def validate(config: ConfigDict) -> None:
     """Raises UserError for a config that no data set and no machine could run.
 
     Checked elsewhere: the data directory (`data.sources`), the fit of batch and mesh
     (`distributed.mesh`).
     """
-    values = flatten(config.to_dict())
-    for name, value in values.items():
+    for name, value in flatten(config.to_dict()).items():
         _check_value(name, value)
-    for check in (_check_use, _check_start, _check_shapes, _check_mask, _check_batch, _check_data):
-        check(config)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+    for problem in _problems(config):
+        raise UserError(problem)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -397,7 +386,8 @@ def _check_value(name: str, value: Any) -> None:
     elif allowed:
         fits = fits and value in allowed
         remedy = f"one of {', '.join(choice or 'empty' for choice in allowed)}"
-    _require(fits, f"{name} = {value!r}: give {remedy} ({doc})")
+    if not fits:
+        raise UserError(f"{name} = {value!r}: give {remedy} ({doc})")
 
 
 def _in_range(value: float, ranges: str) -> bool:
@@ -411,101 +401,67 @@ def _in_range(value: float, ranges: str) -> bool:
     return False
 
 
-def _check_use(config: ConfigDict) -> None:
-    """Refuses fields that the task would not look at."""
+def _problems(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with fields that are each in their range."""
+    task, batch = config.task, config.batch_size
     for name, value in flatten(config.to_dict()).items():
-        default, _, _, tasks, _ = FIELDS[name]
+        default = FIELDS[name].default
         default = list(default) if isinstance(default, tuple) else default
-        _require(
-            value == default or config.task in tasks,
-            f"{name} = {value!r}: task {config.task} has no use for this field; leave it at "
-            f"{default!r}",
+        if value != default and task not in FIELDS[name].tasks:
+            yield f"{name} = {value!r}: task {task} has no use for this field; leave it {default!r}"
+    if task in (*TUNE, *PROBE) and not config.init_from:
+        recipe = " (the supervised recipe is configs/scratch.py)" * (task in TUNE)
+        yield (
+            f"init_from is empty, and task {task} starts from an encoder: give a workdir or a file "
+            f"of weights, or `random` for an untrained encoder as a control{recipe}"
         )
-
-
-def _check_start(config: ConfigDict) -> None:
-    needs_weights = config.task in ("finetune", "linear_probe")
-    _require(
-        bool(config.init_from) or not needs_weights,
-        f"init_from is empty, and task {config.task} starts from an encoder: give a workdir or a "
-        "file of weights, or `random` for an untrained encoder as a control"
-        + (" (the supervised recipe is configs/scratch.py)" if config.task == "finetune" else ""),
-    )
-    _require(
-        config.init_from != "random" or needs_weights,
-        f"init_from = 'random' is for fine-tuning and probing; task {config.task} starts at random "
-        "weights when it is empty",
-    )
-    k, shape = config.trainable_blocks, VARIANTS[config.model.variant]
-    depth = config.model.depth or shape.depth
-    _require(
-        k in (-1, 0.5) or (k == int(k) and k <= depth),
-        f"trainable_blocks = {k}: choose -1 (all), 0, 0.5 or a whole number up to the depth, "
-        f"{depth}",
-    )
-
-
-def _check_shapes(config: ConfigDict) -> None:
-    size, patch = config.model.image_size, config.model.patch_size
-    _require(len(size) in (1, 2), f"model.image_size = {size}: give one side or height,width")
-    for name, side in zip(("height", "width"), image_size(config), strict=True):
-        lower = side // patch * patch
-        _require(
-            side % patch == 0,
-            f"model.image_size: {name} {side} is not divisible by model.patch_size = {patch}; "
-            f"the nearest that are: {lower or patch}, {lower + patch}",
-        )
-    shape = VARIANTS[config.model.variant]
-    for name, dim, heads in (
-        ("model", config.model.width or shape.width, config.model.heads or shape.heads),
+    if task in MAE and config.init_from == "random":
+        yield "init_from = 'random' is for fine-tuning and probing; leave it empty to pretrain"
+    model, shape = config.model, VARIANTS[config.model.variant]
+    depth, blocks = model.depth or shape.depth, config.trainable_blocks
+    if blocks not in (-1, 0.5) and (blocks != int(blocks) or blocks > depth):
+        yield f"trainable_blocks = {blocks}: give -1, 0, 0.5 or an integer up to the depth, {depth}"
+    size, patch = image_size(config), model.patch_size
+    if len(size) != 2:
+        yield f"model.image_size = {size}: give one side or height,width"
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side % patch:
+            lower = side // patch * patch
+            yield (
+                f"model.image_size: {name} {side} is not divisible by model.patch_size = {patch}; "
+                f"the nearest that are: {lower or patch}, {lower + patch}"
+            )
+    for name, width, heads in (
+        ("model", model.width or shape.width, model.heads or shape.heads),
         ("decoder", config.decoder.width, config.decoder.heads),
     ):
-        _require(dim % 4 == 0, f"{name}.width = {dim}: sine-cosine positions need a multiple of 4")
-        _require(dim % heads == 0, f"{name}.width = {dim} is not divisible by heads = {heads}")
-
-
-def _check_mask(config: ConfigDict) -> None:
-    height, width = image_size(config)
-    patches = height * width // config.model.patch_size**2
+        if width % 4:
+            yield f"{name}.width = {width}: sine-cosine positions need a multiple of 4"
+        if width % heads:
+            yield f"{name}.width = {width} is not divisible by heads = {heads}"
+    patches = size[0] * size[1] // patch**2
     kept = num_kept(patches, config.mask.ratio)
-    _require(
-        0 < kept < patches,
-        f"mask.ratio = {config.mask.ratio} keeps {kept} of {patches} patches: at least one patch "
-        "must stay and at least one must go",
-    )
-
-
-def _check_batch(config: ConfigDict) -> None:
-    _require(
-        config.steps > 0 or config.epochs > 0, "set steps or epochs: one of them must be above 0"
-    )
-    _require(
-        config.batch_size % config.optim.accumulate == 0,
-        f"batch_size = {config.batch_size} does not divide into optim.accumulate = "
-        f"{config.optim.accumulate} equal parts",
-    )
-    _require(
-        config.task not in PROBE or norm_group(config) > 0,
-        f"head.norm_group = {config.head.norm_group}: no number from 2 to it divides batch_size = "
-        f"{config.batch_size}; 0 takes the whole batch",
-    )
-    _require(
-        not (config.augment.mixup or config.augment.cutmix) or mix_group(config) > 0,
-        f"batch_size = {config.batch_size}: mixup and cutmix need pairs, so an even number",
-    )
-
-
-def _check_data(config: ConfigDict) -> None:
-    data, channels = config.data, config.model.channels
-    for field in ("mean", "std"):
-        count = len(data[field])
-        _require(
-            count == channels,
-            f"data.{field} has {count} value(s) for model.channels = {channels}",
+    if task in MAE and not 0 < kept < patches:
+        yield (
+            f"mask.ratio = {config.mask.ratio} keeps {kept} of {patches} patches: at least one "
+            "must stay and at least one must go"
         )
-    for field in ("scale", "ratio"):
-        value = data[field]
-        _require(
-            len(value) == 2 and value[0] <= value[1],
-            f"data.{field} = {value}: give two numbers, the lower first, as 0.2,1",
+    if not config.steps and not config.epochs:
+        yield "set steps or epochs: one of them must be above 0"
+    if batch % config.optim.accumulate:
+        parts = config.optim.accumulate
+        yield f"batch_size = {batch} does not divide into optim.accumulate = {parts} equal parts"
+    if task in PROBE and not norm_group(config):
+        group = config.head.norm_group
+        yield (
+            f"head.norm_group = {group}: no number from 2 to it divides batch_size = {batch}; "
+            "0 takes the whole batch"
         )
+    if (config.augment.mixup or config.augment.cutmix) and not mix_group(config):
+        yield f"batch_size = {batch}: mixup and cutmix need pairs, so an even number"
+    for name in ("mean", "std"):
+        if (count := len(config.data[name])) != model.channels:
+            yield f"data.{name} has {count} value(s) for model.channels = {model.channels}"
+    for name in ("scale", "ratio"):
+        if len(value := config.data[name]) != 2 or value[0] > value[1]:
+            yield f"data.{name} = {value}: give two numbers, the lower first, as 0.2,1"

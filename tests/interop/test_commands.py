@@ -269,6 +269,14 @@ def test_reconstructions_of_own_pictures_at_several_ratios(weights, pictures, tm
         assert three.size == (width, 3 * height)
 
 
+@pytest.mark.parametrize("ratio", ["0.999", "0", "1", "-0.5", "nan", "0.5,0.999"])
+def test_a_mask_that_leaves_nothing_is_refused(ratio, weights, pictures, tmp_path, capsys):
+    arguments = [f"--weights={weights}", f"--output={tmp_path / 'g.png'}", f"--mask_ratio={ratio}"]
+    error = error_of(visualize.main, [*arguments, "--images", str(pictures / "a/01.png")], capsys)
+    assert error.startswith("error: --mask_ratio=")
+    assert not (tmp_path / "g.png").exists()
+
+
 def test_visualize_needs_a_decoder_and_says_so(pictures, tmp_path, capsys):
     with contextlib.redirect_stdout(None):
         export_official(random_params(), tmp_path / "w", SMALL, {})
