@@ -12,7 +12,7 @@ import json
 import pathlib
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -51,7 +51,7 @@ class Field(NamedTuple):
     """
 
     default: Any
-    values: str | tuple[str, ...]
+    values: str | Collection[str]
     doc: str
     tasks: tuple[str, ...] = TASKS
     free: bool = False
@@ -75,7 +75,7 @@ FIELDS = {
     # 0.5: the MLP of the last block and what follows; 0: the head only; -1: everything.
     "trainable_blocks": Field(-1.0, "-1 or 0.5 or [0, inf)", "how many of the last blocks", TUNE),
     "compute_dtype": Field("bfloat16", DTYPES, "parameters, softmax, norms, loss stay float32"),
-    "target": Field("norm_pixel", tuple(TARGETS), "what the decoder predicts", MAE),
+    "target": Field("norm_pixel", TARGETS, "what the decoder predicts", MAE),
     # Encoder. Of width, depth and heads 0 takes the variant's.
     "model.variant": Field("b", tuple(VARIANTS), "size of the ViT"),
     "model.patch_size": Field(16, "[1, inf)", "pixels"),
@@ -95,7 +95,7 @@ FIELDS = {
     "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
     "decoder.width": Field(512, "[1, inf)", "of its tokens", MAE),
     "decoder.heads": Field(16, "[1, inf)", "of its attention", MAE),
-    "mask.kind": Field("random", tuple(SAMPLERS), "which patches are hidden", MAE),
+    "mask.kind": Field("random", SAMPLERS, "which patches are hidden", MAE),
     "mask.ratio": Field(0.75, "(0, 1)", "share of the patches that is hidden", MAE),
     # The head of a classifier. mean: of the patch tokens, then a new norm; cls: the class token,
     # after the encoder's norm.

@@ -118,7 +118,7 @@ def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState
     else:
         checkpoints.begin(traces_of_training(setup.workdir))
         init = jax.jit(setup.task.init, out_shardings=shardings_of(setup.abstract))
-        state = with_clock("drawing random weights", init)
+        state = setup.task.prepare(with_clock("drawing random weights", init), setup.data)
         if setup.config.init_from not in ("", "random"):
             state = start_from(
                 setup.config.init_from, setup.config.init_parts, setup.task, state, setup.mesh

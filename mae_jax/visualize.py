@@ -68,7 +68,7 @@ def reconstruct_files(
                 **jax.device_get(result),
                 names=[pathlib.Path(file).name for file in files],
                 title=checkpoint.source,
-                target=d.target,
+                note=model.target.note,
             )
         )
     return np.concatenate(sheets)

@@ -61,22 +61,26 @@ class Splits:
         return {name: getattr(self, name) for name in names}
 
     def eval_examples(self, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images [count, H, W, C] uint8 of the evaluation split, labels [count], record names."""
-        count = min(count, len(self.eval))
+        """`examples` of the evaluation split."""
+        return self.examples(self.eval, count)
+
+    def examples(self, source: Source, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Images [count, H, W, C] uint8 of `source`, labels [count] and names of the records."""
+        count = min(count, len(source))
         # Spread over the split: neighbours are often of one class.
-        indices = np.linspace(0, len(self.eval) - 1, count).astype(int)
-        images, labels, names = zip(*(self._eval_example(int(i)) for i in indices), strict=True)
+        indices = np.linspace(0, len(source) - 1, count).astype(int)
+        images, labels, names = zip(*(self._example(source, int(i)) for i in indices), strict=True)
         return np.stack(images), np.asarray(labels, np.int32), list(names)
 
-    def _eval_example(self, index: int) -> tuple[np.ndarray, int, str]:
-        for i in range(len(self.eval)):
+    def _example(self, source: Source, index: int) -> tuple[np.ndarray, int, str]:
+        for i in range(len(source)):
             try:
-                record = self.eval[(index + i) % len(self.eval)]
+                record = source[(index + i) % len(source)]
                 return self.eval_transform.image(record), record.label, record.name
             except DecodeError:
                 if self.bad_records != "skip":
                     raise
-        raise DecodeError(f"none of the {len(self.eval)} evaluation records can be decoded")
+        raise DecodeError(f"none of the {len(source)} records of {source.split} can be decoded")
 
 
 def common_classes(train: Source, evaluation: Source, fields: str, need: str) -> int:

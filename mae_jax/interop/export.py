@@ -72,6 +72,7 @@ def export_official(
     Raises:
       UserError: that code has no model of this kind.
     """
+    _require_pixels(spec)
     if spec.pool == "normed_mean":
         raise UserError(
             "a head on the mean of normed tokens (a linear probe with head.pool=mean) has no place "
@@ -203,6 +204,7 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
     Raises:
       UserError: there is none, and why.
     """
+    _require_pixels(spec)
     if spec.summary == "mean":
         raise UserError(
             "a classifier on the mean patch token has no place in transformers: its "
@@ -256,6 +258,14 @@ def _kind(spec: ModelSpec) -> str:
     if spec.classes:
         return "Vision Transformer image classifier"
     return "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
+
+
+def _require_pixels(spec: ModelSpec) -> None:
+    if spec.target not in ("", "pixel", "norm_pixel"):
+        raise UserError(
+            f"a decoder that predicts {spec.target} has no place in other programs. Export it with "
+            "--format=orbax, or the encoder alone with --format=timm"
+        )
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ _PREFIXES = (
     ("head/", "head."),
     ("encoder/", ""),
 )
-_DECODER = re.compile(r"mask_token$|decoder_")
+_DECODER = re.compile(r"mask_token$|decoder_|target_state\.")
 
 # Hugging Face: part of a block -> official part. Two spellings are in circulation: the one on the
 # hub, written by transformers up to 4, and the one transformers 5 has in memory.
@@ -69,6 +69,8 @@ _HF_WITHOUT_VIT = re.compile(r"(embeddings\.|encoder\.layer\.|layers\.\d|layerno
 
 def official_name(path: str) -> str:
     """The official name of one of our parameters: `encoder/norm/scale` -> `norm.weight`."""
+    if path.startswith("target_state/"):  # the state of a target has no name elsewhere
+        return path.replace("/", ".")
     for ours, theirs in _PREFIXES:
         if path.startswith(ours):
             name = theirs + path.removeprefix(ours)
@@ -78,6 +80,8 @@ def official_name(path: str) -> str:
 
 def our_path(name: str) -> str:
     """The inverse of `official_name`."""
+    if name.startswith("target_state."):
+        return name.replace(".", "/")
     for ours, theirs in _PREFIXES:
         if name.startswith(theirs):
             path = (ours + name.removeprefix(theirs)).replace(".", "/")
@@ -87,7 +91,7 @@ def our_path(name: str) -> str:
 
 
 def is_decoder(name: str) -> bool:
-    """Whether an official name belongs to the decoder."""
+    """Whether an official name belongs to the decoder, or to the target it is trained for."""
     return _DECODER.match(name) is not None
 
 

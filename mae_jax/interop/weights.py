@@ -29,9 +29,10 @@ def to_official(
       position tables, which official files store, are there: those of the tree, or the fixed
       sine-cosine table where it has none.
     """
-    params = {part: tree for part, tree in params.items() if include_decoder or part != "decoder"}
     tensors = {
-        name: np.ascontiguousarray(x, np.float32) for name, x in _renamed(params, spec).items()
+        name: np.asarray(x, np.float32, order="C")
+        for name, x in _renamed(params, spec).items()
+        if include_decoder or not is_decoder(name)
     }
     for table, token in (("pos_embed", "cls_token"), ("decoder_pos_embed", "mask_token")):
         if token in tensors and table not in tensors:
@@ -54,7 +55,7 @@ def _renamed(params: Params, spec: ModelSpec) -> dict[str, Any]:
             # [p*p*C, D], channel fastest -> [D, C, p, p]
             p = spec.patch_size
             x = x.reshape(p, p, spec.channels, -1).transpose(3, 2, 0, 1)
-        elif path.endswith("/kernel"):
+        elif path.endswith("/kernel") and not path.startswith("target_state/"):
             x = x.T  # [in, out] -> [out, in]
         tensors[name] = x
     return tensors
@@ -68,7 +69,7 @@ def from_official(tensors: Tensors) -> Params:
         x = np.asarray(tensor, np.float32)
         if name == "patch_embed.proj.weight":
             x = x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])  # [D, C, p, p] -> [p*p*C, D]
-        elif path.endswith("/kernel"):
+        elif path.endswith("/kernel") and not path.startswith("target_state/"):
             x = x.T
         flat[path] = np.ascontiguousarray(x)
     return unflatten_dict(flat, sep="/")

@@ -20,12 +20,13 @@ def mae_forward_macs(model: MAE, mask_ratio: float) -> int:
     encoder, decoder = model.encoder, model.decoder
     patches = encoder.grid[0] * encoder.grid[1]
     kept = num_kept(patches, mask_ratio)
+    embedding = patches * encoder.patch_size**2 * encoder.channels * encoder.width
     return (
-        patches * decoder.patch_values * encoder.width
+        embedding
         + stack_macs(1 + kept, encoder.width, encoder.depth)
         + (1 + kept) * encoder.width * decoder.width
         + stack_macs(1 + patches, decoder.width, decoder.depth)
-        + (1 + patches) * decoder.width * decoder.patch_values
+        + (1 + patches) * decoder.width * decoder.outputs
     )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax.models.masking import Masking
-from mae_jax.models.targets import TARGETS, patchify
+from mae_jax.models.targets.base import Target
 from mae_jax.models.vit import (
     Blocks,
     ViT,
@@ -21,7 +21,7 @@ class Decoder(nn.Module):
     """Predicts every patch from the encoded visible ones (paper section 3, "MAE decoder")."""
 
     grid: tuple[int, int]
-    patch_values: int  # p * p * C
+    outputs: int  # numbers predicted for a patch
     width: int
     depth: int
     heads: int
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
-        """Decodes latent [B, 1 + K, D] with ids_restore [B, L] into predictions [B, L, p*p*C]."""
+        """Decodes latent [B, 1 + K, D] with ids_restore [B, L] into predictions [B, L, outputs]."""
         kept = latent.shape[1] - 1
         residual = self.residual_dtype
         x = dense(latent, self.width, self.dtype, "embed", residual)  # [B, 1 + K, Dd]
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         x = x + positions.astype(residual)
         x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x)
-        return dense(x, self.patch_values, self.dtype, "pred", residual)[:, 1:]
+        return dense(x, self.outputs, self.dtype, "pred", residual)[:, 1:]
 
 
 def restore_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
@@ -58,43 +58,42 @@ def restore_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 class MAEOutput(NamedTuple):
-    """Attributes: loss [B] float32 per image; predictions [B, L, p*p*C] float32."""
+    """Attributes: loss [B] float32 per image; predictions [B, L, outputs] float32."""
 
     loss: jax.Array
     predictions: jax.Array
 
 
 class MAE(nn.Module):
-    """Masked autoencoder.
-
-    Attributes:
-      target: a name in `targets.TARGETS`.
-    """
+    """Masked autoencoder; the state of its target, if it has one, is among the parameters."""
 
     encoder: ViT
     decoder: Decoder
-    target: str = "norm_pixel"
+    target: Target
 
+    @nn.compact
     def __call__(self, images: jax.Array, masking: Masking) -> MAEOutput:
-        """Reconstructs the removed patches of images [B, H, W, C] (float, normalised)."""
+        """Predicts the removed patches of images [B, H, W, C] (float, normalised)."""
+        images = images.astype(jnp.float32)
         latent = self.encoder(images, masking.ids_keep)  # [B, 1 + K, D]
         predictions = self.decoder(latent, masking.ids_restore).astype(jnp.float32)
-        patches = patchify(images.astype(jnp.float32), self.encoder.patch_size)  # [B, L, p*p*C]
-        target = TARGETS[self.target](patches)
-        return MAEOutput(masked_loss(predictions, target, masking.mask), predictions)
+        state = self.target.init_state()
+        if state is not None:
+            state = jax.lax.stop_gradient(self.param("target_state", lambda _: state))
+        error = self.target.loss(predictions, self.target.values(images, state))  # [B, L]
+        return MAEOutput(masked_mean(error, masking.mask), predictions)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Features of whole images, nothing masked: [B, 1 + L, D], patches in their order."""
         return self.encoder(images)
 
 
-def masked_loss(predictions: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error over the removed patches of each image: [B].
+def masked_mean(error: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of the patches' errors over the removed patches of each image: [B].
 
     Args:
-      predictions, target: [B, L, p*p*C] float32.
+      error: [B, L] float32.
       mask: [B, L], 1 = removed. Every image has the same number of removed patches, so the mean
         of the result over images is the mean over all removed patches.
     """
-    error = jnp.square(predictions - target).mean(axis=-1)  # [B, L]
     return (error * mask).sum(axis=-1) / mask.sum(axis=-1)

@@ -1,7 +1,8 @@
 """Which patches the encoder sees (paper section 3, figure 6).
 
 Every sampler gives each patch of one image a score; the `num_kept` patches with the lowest scores
-stay visible. To add a sampler write `key, grid -> [L] scores` and enter it in `SAMPLERS`.
+stay visible. A sampler is a function of (random key, grid, ratio of removed patches) -> [L] scores,
+which may be a mask (0 = visible) with noise to break ties; one line in `SAMPLERS` names it.
 """
 
 from collections.abc import Callable
@@ -26,12 +27,12 @@ class Masking(NamedTuple):
     mask: jax.Array
 
 
-def random_scores(key: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def random_scores(key: jax.Array, grid: tuple[int, int], ratio: float) -> jax.Array:
     """Uniform noise: keeping the lowest scores is sampling without replacement."""
     return jax.random.uniform(key, (grid[0] * grid[1],))
 
 
-SAMPLERS: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
+SAMPLERS: dict[str, Callable[[jax.Array, tuple[int, int], float], jax.Array]] = {
     "random": random_scores,
 }
 
@@ -61,7 +62,7 @@ def sample_masking(kind: str, keys: jax.Array, grid: tuple[int, int], ratio: flo
       grid: patches down and across.
       ratio: share of patches removed, 0 <= ratio < 1.
     """
-    scores = jax.vmap(lambda key: SAMPLERS[kind](key, grid))(keys)  # [B, L]
+    scores = jax.vmap(lambda key: SAMPLERS[kind](key, grid, ratio))(keys)  # [B, L]
     return masking_from_scores(scores, num_kept(grid[0] * grid[1], ratio))
 
 

@@ -169,15 +169,16 @@ class ModelSpec:
                 "the file does not say what its decoder predicts: give target=norm_pixel (official "
                 "*_full.pth) or target=pixel (official mae_visualize_*.pth)"
             )
+        target = TARGETS[self.target](self.patch_size, self.channels)
         decoder = Decoder(
             grid=self.grid,
-            patch_values=self.patch_size**2 * self.channels,
+            outputs=target.outputs,
             width=self.decoder_width,
             depth=self.decoder_depth,
             heads=self.decoder_heads,
             **how,
         )
-        return MAE(encoder=self.encoder(**how), decoder=decoder, target=self.target)
+        return MAE(self.encoder(**how), decoder, target)
 
     def classifier(self, *, head_std: float = 2e-5, **how: Any) -> Classifier:
         """The encoder with its head; the position table is a parameter.

@@ -10,7 +10,7 @@ import numpy as np
 
 from mae_jax.models.attention import attention
 from mae_jax.models.masking import take_tokens
-from mae_jax.models.targets import patchify
+from mae_jax.models.patches import patchify
 
 
 class Shape(NamedTuple):

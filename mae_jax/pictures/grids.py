@@ -15,33 +15,25 @@ BLACK, FAINT, GREEN, RED = "black", "dimgrey", "darkgreen", "firebrick"
 
 Line = tuple[str, str]  # text and colour
 
-# What a reader of a picture must know of the target.
-TARGET_NOTES = {
-    "norm_pixel": (
-        "The model predicts each patch normalised: the hidden patches shown take brightness and "
-        "contrast from the original."
-    )
-}
-
 
 def reconstruction_grid(
     images: np.ndarray,
-    pixels: np.ndarray,
     mask: np.ndarray,
     loss: np.ndarray,
+    pixels: np.ndarray | None = None,
     *,
     names: Sequence[str],
     title: str,
-    target: str,
+    note: str,
 ) -> np.ndarray:
     """For every image the original, what the model sees, what it predicts, and both together.
 
     Args:
       images: [B, H, W, C] uint8. Of other channel counts than 1 and 3 the first three are shown.
-      pixels, mask, loss: of `models.reconstruct.reconstruct`.
+      mask, loss, pixels: of `models.reconstruct.reconstruct`; without pixels two columns remain.
       names: [B], shown with the loss of each image.
       title: shown above, with the mean loss.
-      target: what the model predicts, of `models.targets.TARGETS`.
+      note: of the model's target, shown below the title.
 
     Returns:
       [height, width, 3] uint8.
@@ -51,19 +43,19 @@ def reconstruction_grid(
     removed = mask.reshape(batch, height // side, width // side)
     removed = removed.repeat(side, axis=1).repeat(side, axis=2)[..., None] > 0  # [B, H, W, 1]
     masked = np.where(removed, np.uint8(GREY), images)
-    predicted = np.where(removed, pixels, np.uint8(GREY))
+    shown = {"original": images, f"{mask.mean():.0%} masked": masked}
+    if pixels is not None:
+        shown["predicted patches"] = np.where(removed, pixels, np.uint8(GREY))
+        shown["predicted + visible"] = pixels
     return _sheet(
-        np.stack([images, masked, predicted, pixels], axis=1),
+        np.stack(list(shown.values()), axis=1),
         [
             [[(f"{_short(name)}   loss {value:.4f}", BLACK)]]
             for name, value in zip(names, loss, strict=True)
         ],
         title=f"{title}   mean loss {loss.mean():.4f}",
-        note=TARGET_NOTES.get(target, ""),
-        columns=(
-            *("original", f"{mask.mean():.0%} masked"),
-            *("predicted patches", "predicted + visible"),
-        ),
+        note=note,
+        columns=tuple(shown),
     )
 
 

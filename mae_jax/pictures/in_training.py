@@ -54,7 +54,7 @@ def draw_reconstructions(task: Any, data: Splits, count: int, directory: pathlib
 
     def draw(title: str, result: dict[str, np.ndarray]) -> np.ndarray:
         return grids.reconstruction_grid(
-            images, **result, names=names, title=title, target=task.model.target
+            images, **result, names=names, title=title, note=task.model.target.note
         )
 
     return Drawing(task.reconstruct, images, draw, directory, task.mesh)

@@ -104,6 +104,11 @@ class Task:
 
     # What surrounds the steps.
 
+    def prepare(self, state: TrainState, data: Splits) -> TrainState:
+        """The state at step 0 with what it needs from the data; once a run."""
+        del data
+        return state
+
     def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
         """Where batches come from: `data`, unless the task makes something of it first."""
         del state, workdir

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from mae_jax.augment.pixels import example_keys, normalize, random_flip
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
-from mae_jax.distributed.sharding import gather_params, state_sharding
+from mae_jax.distributed.mesh import place
+from mae_jax.distributed.sharding import gather_params, shardings_of, state_sharding
 from mae_jax.evaluators.online_probe import Probe
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
@@ -75,6 +76,17 @@ class Pretrain(Task):
         """What a step takes: no labels."""
         return {"image": ArraySpec(self.image_shape, np.uint8)}
 
+    def prepare(self, state: TrainState, data: Splits) -> TrainState:
+        """Fits the state of the target to training images, where it has one to be fitted."""
+        target = self.model.target
+        if not target.fit_examples:
+            return state
+        images, _, _ = data.examples(data.train, target.fit_examples)
+        # Every process computes it alike.
+        fitted = jax.device_get(jax.jit(target.fit)(normalize(images, self.mean, self.std)))
+        fitted = place(fitted, shardings_of(state.frozen["target_state"]))
+        return state.replace(frozen={**state.frozen, "target_state": fitted})
+
     @property
     def train_flops_per_image(self) -> int:
         """Matrix-multiply FLOPs of one training step per image."""
@@ -85,7 +97,7 @@ class Pretrain(Task):
         images = jnp.zeros((1, *self.image_shape))
         masking = self.masks(jax.random.split(jax.random.key(0), 1))
         variables = self.model.init(self.key(INIT), images, masking)
-        params, frozen = split(variables["params"], lambda path: not path.endswith("pos_embed"))
+        params, frozen = split(variables["params"], _is_trained)
         return create_state(params, self.optimizer, keep_ema=self.ema_decay > 0, frozen=frozen)
 
     def masks(self, keys: jax.Array) -> Masking:
@@ -156,3 +168,8 @@ class Pretrain(Task):
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the encoder of a host-side `state` for others to load, with a card."""
         export_encoder(state.weights, directory, self.spec, facts)
+
+
+def _is_trained(path: str) -> bool:
+    """Whether a parameter is trained: all but position tables and the state of a target."""
+    return not path.endswith("pos_embed") and not path.startswith("target_state/")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mae_jax.models.masking import (
+    SAMPLERS,
     masking_from_scores,
     num_kept,
     random_scores,
@@ -58,7 +59,7 @@ def test_mask_depends_on_the_images_key_alone():
 
 
 def test_random_scores_have_one_entry_a_patch():
-    assert random_scores(jax.random.key(0), (3, 5)).shape == (15,)
+    assert random_scores(jax.random.key(0), (3, 5), 0.75).shape == (15,)
 
 
 def test_take_tokens_picks_rows_per_image():
@@ -66,3 +67,21 @@ def test_take_tokens_picks_rows_per_image():
     ids = np.asarray([[5, 0], [1, 1], [2, 4]])
     picked = take_tokens(jnp.asarray(tokens), jnp.asarray(ids))
     np.testing.assert_array_equal(picked, np.stack([tokens[i][ids[i]] for i in range(3)]))
+
+
+def test_a_sampler_may_depend_on_the_ratio(monkeypatch):
+    """As many neighbouring columns as are removed, at a random place (as block masks need it)."""
+
+    def columns(key, grid, ratio):
+        hidden = round(grid[1] * ratio)
+        start = jax.random.randint(key, (), 0, grid[1] - hidden + 1)
+        column = jnp.arange(grid[1])
+        removed = (column >= start) & (column < start + hidden)
+        return jnp.broadcast_to(removed.astype(jnp.float32), grid).reshape(-1)
+
+    monkeypatch.setitem(SAMPLERS, "columns", columns)
+    masks = sample_masking("columns", jax.random.split(jax.random.key(0), 20), (3, 4), 0.5).mask
+    masks = np.asarray(masks).reshape(20, 3, 4)
+    assert (masks.sum(axis=(1, 2)) == 6).all()
+    assert (masks == masks[:, :1]).all()
+    assert len(np.unique(masks, axis=0)) == 3

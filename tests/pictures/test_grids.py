@@ -9,6 +9,7 @@ import pytest
 
 from mae_jax.models.masking import masking_from_scores
 from mae_jax.models.reconstruct import reconstruct
+from mae_jax.models.targets.pixels import NormPixel, Pixel
 from mae_jax.pictures import grids
 
 GREY = 128
@@ -55,12 +56,12 @@ def test_a_reconstruction_shows_predictions_only_where_patches_were_hidden(monke
     pixels = np.where(hidden, pixels, images)
     sheet = grids.reconstruction_grid(
         images,
-        pixels,
         mask,
         np.array([0.25, 0.5]),
+        pixels,
         names=["folder/train#3 (/far/away/cat.jpg)", "dog.png"],
         title="step 1,200",
-        target="norm_pixel",
+        note=NormPixel.note,
     )
     below = grids.LINE
     top = sheet.shape[0] - 2 * (128 + below + grids.GAP)
@@ -80,12 +81,12 @@ def test_pixels_as_targets_need_no_note(monkeypatch):
     texts = written(monkeypatch)
     grids.reconstruction_grid(
         images_of(1),
-        images_of(1),
         np.ones((1, 4), np.float32),
         np.ones(1),
+        images_of(1),
         names=["a"],
         title="",
-        target="pixel",
+        note=Pixel.note,
     )
     assert not any("contrast" in text for text in texts)
 
@@ -149,14 +150,14 @@ def test_text_longer_than_its_room_loses_its_middle():
     assert all(grids.FONT.getlength(line) <= 60 for line in lines)
 
 
-@pytest.mark.parametrize("target", ["pixel", "norm_pixel"])
+@pytest.mark.parametrize("target", [Pixel, NormPixel])
 def test_perfect_predictions_reconstruct_the_image(target):
     """The targets are worked out in numpy; visible patches stay whatever is predicted there."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 12, 8, 3)).astype(np.uint8)
     x = (images / 255 - np.array(MEAN)) / np.array(STD)
     patches = x.reshape(2, 3, 4, 2, 4, 3).swapaxes(2, 3).reshape(2, 6, 48)  # of 4 pixels
-    if target == "norm_pixel":
+    if target is NormPixel:
         mean, var = patches.mean(-1, keepdims=True), patches.var(-1, ddof=1, keepdims=True)
         patches = (patches - mean) / np.sqrt(var + 1e-6)
     masking = masking_from_scores(jnp.asarray(rng.random((2, 6))), 2)
@@ -165,7 +166,7 @@ def test_perfect_predictions_reconstruct_the_image(target):
         predictions=jnp.asarray(np.where(visible, 1e3, patches), jnp.float32), loss=jnp.ones(2)
     )
     model = types.SimpleNamespace(
-        target=target, encoder=types.SimpleNamespace(patch_size=4), apply=lambda *_: output
+        target=target(4, 3), encoder=types.SimpleNamespace(patch_size=4), apply=lambda *_: output
     )
     result = jax.device_get(reconstruct(model, {}, jnp.asarray(images), masking, MEAN, STD))
     np.testing.assert_array_equal(result["pixels"], images)

@@ -1,0 +1,9 @@
+"""What the decoder is asked to predict (paper table 1d): one file a family, one line a target."""
+
+from mae_jax.models.targets.base import Target
+from mae_jax.models.targets.pixels import NormPixel, Pixel
+
+TARGETS: dict[str, type[Target]] = {
+    "pixel": Pixel,
+    "norm_pixel": NormPixel,
+}

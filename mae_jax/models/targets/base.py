@@ -1,0 +1,51 @@
+"""What every target has: sizes, values, loss, and where there is one the way back to pixels."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What the decoder predicts of each patch of images [B, H, W, C] (float, normalised).
+
+    A target may keep a state: float32 arrays that no gradient changes, such as a basis or the
+    weights of a tokenizer. They lie with the parameters under `target_state`, frozen, and so in
+    checkpoints and in exports that hold a decoder. `state` below is None without one.
+
+    Attributes:
+      note: what a reader must know of pictures of its predictions.
+      fit_examples: so many training images are given to `fit` before the first step of a run.
+    """
+
+    patch_size: int
+    channels: int
+    note: ClassVar[str] = ""
+    fit_examples: ClassVar[int] = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the decoder predicts for a patch."""
+        return self.patch_size**2 * self.channels
+
+    def init_state(self) -> Any:
+        """The state of a new model: a dict of arrays, to be fitted or loaded; None for none."""
+        return None
+
+    def fit(self, images: jax.Array) -> Any:
+        """The state that fits training images [N, H, W, C]."""
+        raise NotImplementedError
+
+    def values(self, images: jax.Array, state: Any) -> Any:
+        """What is to be predicted: arrays [B, L, ...]."""
+        raise NotImplementedError
+
+    def loss(self, predictions: jax.Array, values: Any) -> jax.Array:
+        """The error of predictions [B, L, outputs] in each patch: [B, L]; here the squared one."""
+        return jnp.square(predictions - values).mean(axis=-1)
+
+    def to_pixels(self, predictions: jax.Array, images: jax.Array, state: Any) -> jax.Array | None:
+        """Predictions as patches of pixels [B, L, p*p*C]; None where there is no way back."""
+        return None
