@@ -36,6 +36,7 @@ from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
 from mae_jax.tasks import create_task
+from mae_jax.train.progress import with_clock
 from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
@@ -72,7 +73,7 @@ def plan(config: ConfigDict, topology: str) -> dict[str, object]:
     abstract = abstract_state(task.init, mesh)
     start = time.time()
     try:
-        compiled = lower_step(task, abstract).compile()
+        compiled = with_clock("compiling", lower_step(task, abstract).compile)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
