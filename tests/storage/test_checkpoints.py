@@ -1,14 +1,17 @@
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mae_jax import UserError
-from mae_jax.storage.checkpoints import Checkpoints, fingerprint
+from mae_jax.storage.checkpoints import Checkpoints, fingerprint, read_newest
+from mae_jax.train.state import TrainState
 
 
 def state_at(step, sharding=None):
@@ -114,6 +117,57 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_training_goes_on(three, 
     assert_restores(three, 3)
 
 
+@pytest.mark.parametrize("damage", [truncate, flip_bits, remove_data, remove_record, garble_record])
+def test_other_readers_pass_over_it_with_a_note_and_move_nothing(three, damage):
+    damage(three)
+    state, record, notes = read_newest(three, ("w", "absent"))
+    assert record["note"] == "step 2"
+    np.testing.assert_array_equal(state["w"], state_at(2)["w"])
+    assert state.keys() == {"w", "absent"}
+    assert state["absent"] is None
+    assert len(notes) == 1
+    assert "checkpoint 3 is damaged and passed over" in notes[0]
+    assert sorted(p.name for p in three.iterdir()) == ["1", "2", "3"]
+
+
+def test_without_a_whole_checkpoint_readers_say_what_is_wrong_with_each(three):
+    for step in (1, 2, 3):
+        (three / str(step) / "record" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"no complete checkpoint.*3 is damaged.*1 is damaged"):
+        read_newest(three, ("w",))
+
+
+def test_fingerprints_of_version_0_1_are_lists_in_the_order_of_the_state(tmp_path):
+    state = TrainState(
+        step=jnp.asarray(7, jnp.int32),
+        params={"b": jnp.ones(3), "a": jnp.arange(4.0)},
+        opt_state=optax.adam(0.1).init({"a": jnp.zeros(4), "b": jnp.full(3, 2.0)}),
+        ema=None,
+        frozen={"e": jnp.full(5, 0.5)},
+    )
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 7):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        for step, change in ((1, 0), (7, 1)):
+            file = tmp_path / str(step) / "record" / "metadata"
+            record = json.loads(file.read_text())
+            record["fingerprint"] = np.asarray(fingerprint(state)).tolist()
+            record["fingerprint"][-1] += change
+            file.write_text(json.dumps(record))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    assert read_newest(tmp_path, ("step", "params"))[2] == []  # which were not changed
+    _, _, notes = read_newest(tmp_path, ("params", "frozen"))
+    assert notes == [
+        "checkpoint 7 is damaged and passed over (1 tensor(s) changed on disk, first frozen/e)"
+    ]
+    restored, _ = Checkpoints(tmp_path, keep=2).restore_newest(abstract, accept)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert (tmp_path / "damaged-7").exists()
+
+
 def test_a_half_written_checkpoint_is_not_taken_for_whole(three):
     (three / "3").rename(three / "4.orbax-checkpoint-tmp")
     assert_restores(three, 2)
@@ -122,8 +176,28 @@ def test_a_half_written_checkpoint_is_not_taken_for_whole(three):
 def test_when_every_checkpoint_is_damaged_nothing_starts_over_silently(three):
     for step in (1, 2, 3):
         largest_file(three / str(step) / "state").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2, 3\]"):
-        Checkpoints(three, keep=3).restore_newest(abstract(), accept)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2, 3\]"):
+            Checkpoints(three, keep=3).restore_newest(abstract(), accept)
+    assert sorted(p.name for p in three.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_run_begins_only_where_no_trace_of_one_is(tmp_path):
+    def begin(*traces):
+        Checkpoints(tmp_path, keep=1).begin(traces)
+
+    with pytest.raises(UserError, match=r"under way before \(metrics\)"):
+        begin("metrics")
+    begin()
+    begin("metrics")  # of a run that died before its first checkpoint
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state_at(1), {})
+    with pytest.raises(UserError, match=r"under way before \(metrics\)"):
+        begin("metrics")
+    begin()
+    (tmp_path / "damaged-1").mkdir()
+    with pytest.raises(UserError, match=r"under way before \(damaged-1\)"):
+        begin()
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(three):
