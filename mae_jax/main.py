@@ -15,6 +15,7 @@ import itertools
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     announce(setup)
     with (
         sole_run(setup.workdir),
-        Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        closing(Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
     ):
         state, seconds_before = restore_or_begin(setup, checkpoints)
         state, steps = train_and_evaluate(setup, state, checkpoints, started - seconds_before)
@@ -153,7 +154,7 @@ def train_and_evaluate(
         }
         checkpoints.save(step, state, record)
 
-    with MetricsWriter(setup.workdir, start_step) as writer:
+    with closing(MetricsWriter(setup.workdir, start_step)) as writer:
         inputs = task.inputs(data, state, setup.workdir)
         evaluate = Evaluation(
             *(task, inputs, mesh, writer, shardings_of(setup.abstract)),

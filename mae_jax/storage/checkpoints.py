@@ -60,18 +60,9 @@ class Checkpoint:
         self.record = ocp.JsonCheckpointHandler().restore(folder / "record")
         self.tree = ocp.PyTreeCheckpointHandler().metadata(self._path).tree
 
-    def read(self, wanted: dict[str, jax.ShapeDtypeStruct] | Sequence[str]) -> dict[str, Any]:
-        """Tensors by name.
-
-        Args:
-          wanted: how every tensor of the state is to lie on devices; or the parts of the state to
-            read as numpy arrays, those that were saved.
-        """
-        if not isinstance(wanted, dict):
-            parts = {part: self.tree[part] for part in wanted if part in self.tree}
-            return by_name(_restore(self._path, parts, _as_numpy))
-        request = _map_names(wanted.__getitem__, self.tree)
-        return by_name(_restore(self._path, request, _as_array))
+    def read(self, request: Any) -> dict[str, Any]:
+        """Tensors by name, see `_read`."""
+        return by_name(_read(self._path, request))
 
     def check(self, sums: dict[str, int]) -> None:
         """Raises UserError unless tensors are those that were saved.
@@ -116,12 +107,14 @@ def read_newest(
     for step in reversed(steps_in(directory)):
         try:
             checkpoint = Checkpoint(directory.absolute() / str(step))
-            tensors = checkpoint.read(parts)
+            chosen = {part: checkpoint.tree.get(part) for part in parts}
+            tensors = checkpoint.read(
+                {part: tree for part, tree in chosen.items() if tree is not None}
+            )
             checkpoint.check({name: _sum_bits(x) for name, x in tensors.items()})
         except Exception as error:
             notes.append(f"checkpoint {step} is damaged and passed over ({first_line(error)})")
             continue
-        chosen = {part: checkpoint.tree.get(part) for part in parts}
         return _map_names(tensors.__getitem__, chosen), checkpoint.record, notes
     raise UserError("; ".join([f"{directory}: no complete checkpoint here", *notes]))
 
@@ -137,12 +130,6 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._keep = keep
         self._newest: int | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -210,13 +197,13 @@ class Checkpoints:
 
         The processes agree after every phase: what one of them cannot read, all pass over.
 
+        Those that are damaged are reported and passed over and, once a whole one is found, renamed
+        to `damaged-STEP`.
+
         Args:
           abstract_state: shapes, types and shardings to restore into. The device count may differ
             from the run that saved.
           check: raises if the record belongs to another run; its error is passed on.
-
-        Damaged checkpoints are reported, passed over and, once one is found that is whole, renamed
-        to `damaged-STEP`.
 
         Raises:
           UserError: there are checkpoints and none is whole, or one is whole but does not
@@ -301,7 +288,7 @@ class Checkpoints:
                 "version that wrote it (its record names it), or start again with a new workdir."
             )
         # Asked for in the tree that was saved: an absent part (None) need not be in both.
-        tensors = _agree(checkpoint.read, wanted)
+        tensors = _agree(checkpoint.read, _map_names(wanted.__getitem__, checkpoint.tree))
         state = _map_names(tensors.__getitem__, abstract_state)
         sums = jax.device_get(fingerprint(state)).tolist()  # all processes at once
         _agree(checkpoint.check, dict(zip(by_name(state), sums, strict=True)))
@@ -346,32 +333,35 @@ def read_params(folder: pathlib.Path) -> Any:
     """
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute()).tree
-        return _restore(folder.absolute(), tree, _as_numpy)
+        return _read(folder.absolute(), tree)
     except Exception as error:
         raise UserError(
             f"{folder}: not a readable Orbax checkpoint ({first_line(error)})"
         ) from error
 
 
-def _restore(folder: pathlib.Path, tree: Any, arguments: Callable[[Any], ocp.RestoreArgs]) -> Any:
-    """Reads the tensors of `tree`, which may be a part of what was saved."""
+def _read(folder: pathlib.Path, request: Any) -> Any:
+    """The tensors of `request`, all or a part of the tree that was saved.
+
+    Leaves that are a `ShapeDtypeStruct` come as it says, any other as numpy arrays.
+    """
+
+    def arguments(leaf: Any) -> ocp.RestoreArgs:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+
     # A checkpointer would look for a file of its own that a part of a step does not have.
     return ocp.PyTreeCheckpointHandler().restore(
         folder,
         args=ocp.args.PyTreeRestore(
-            item=jax.tree.map(lambda _: 0, tree),
-            restore_args=jax.tree.map(arguments, tree),
+            item=jax.tree.map(lambda _: 0, request),
+            restore_args=jax.tree.map(arguments, request),
             partial_restore=True,
         ),
     )
-
-
-def _as_numpy(leaf: Any) -> ocp.RestoreArgs:
-    return ocp.RestoreArgs(restore_type=np.ndarray)
-
-
-def _as_array(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def by_name(tree: Any) -> dict[str, Any]:

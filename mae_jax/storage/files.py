@@ -112,24 +112,10 @@ def _remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class LineWriter:
-    """Appends lines to a text file; each is on its way to the disk when `write` returns."""
-
-    def __init__(self, path: PathLike):
-        self._path = epath.Path(path)
-        with explain_failure(path):
-            self._file = self._path.open("a")
-
-    def write(self, line: str) -> None:
-        """Appends one line."""
-        with explain_failure(self._path):
-            self._file.write(line + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        with explain_failure(self._path):
-            self._file.close()
+def append_line(path: PathLike, line: str) -> None:
+    """Adds a line to a text file; it is with the system when this returns."""
+    with explain_failure(path), epath.Path(path).open("a") as file:
+        file.write(line + "\n")
 
 
 def read_json(path: PathLike) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pathlib
 import jax
 from absl import logging
 
-from mae_jax.storage.files import LineWriter, read_json_lines, write_atomically
+from mae_jax.storage.files import append_line, read_json_lines, write_atomically
 
 
 class MetricsWriter:
@@ -19,15 +19,13 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | pathlib.Path, start_step: int):
-        self._lines = None
+        self._path = None
         self._tensorboard = None
         if jax.process_index() != 0:
             return
-        path = pathlib.Path(workdir) / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= start_step]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._lines = LineWriter(path)
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if importlib.util.find_spec("tensorflow") is not None:
             import tensorflow as tf
             from clu import metric_writers
@@ -38,28 +36,20 @@ class MetricsWriter:
                 metric_writers.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
             )
         else:
-            logging.info("TensorFlow is not installed: metrics go to %s only", path)
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+            logging.info("TensorFlow is not installed: metrics go to %s only", self._path)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars under slash-path names such as `train/loss`."""
-        if self._lines is None:
+        if self._path is None:
             return
         # JSON has no NaN or infinity: null says "not a finite number" to every reader.
         values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
-        self._lines.write(json.dumps({"step": step, **values}))
+        append_line(self._path, json.dumps({"step": step, **values}))
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, scalars)
 
     def close(self) -> None:
-        """Flushes everything."""
-        if self._lines is not None:
-            self._lines.close()
+        """Flushes what TensorBoard is to show."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 

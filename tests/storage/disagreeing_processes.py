@@ -3,6 +3,7 @@
 Run by test_processes.py; prints what came of it in this process, a line for every phase.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -67,7 +68,7 @@ def restore(folder, shardings):
         values_at(0),
         shardings,
     )
-    with Checkpoints(folder, keep=3) as checkpoints:
+    with contextlib.closing(Checkpoints(folder, keep=3)) as checkpoints:
         state, record = checkpoints.restore_newest(abstract, lambda record: None)
         found = multihost_utils.process_allgather(state, tiled=True)
         jax.tree.map(np.testing.assert_array_equal, found, values_at(int(found["step"])))
@@ -79,7 +80,7 @@ def main(folder):
     startup.initialize()
     mesh = Mesh(np.asarray(jax.devices()), "x")
     shardings = {"step": NamedSharding(mesh, P()), "w": NamedSharding(mesh, P("x"))}
-    with Checkpoints(folder / "made", keep=3) as made:
+    with contextlib.closing(Checkpoints(folder / "made", keep=3)) as made:
         for step in (1, 2, 3):
             state = jax.tree.map(jax.device_put, values_at(step), shardings)
             made.save(step, state, {"note": f"step {step}"})

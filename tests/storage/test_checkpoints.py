@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pathlib
 
@@ -145,7 +146,7 @@ def test_fingerprints_of_version_0_1_are_lists_in_the_order_of_the_state(tmp_pat
         ema=None,
         frozen={"e": jnp.full(5, 0.5)},
     )
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
         for step in (1, 7):
             checkpoints.save(step, state, {})
         checkpoints.wait()
@@ -190,7 +191,7 @@ def test_a_run_begins_only_where_no_trace_of_one_is(tmp_path):
         begin("metrics")
     begin()
     begin("metrics")  # of a run that died before its first checkpoint
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         checkpoints.save(1, state_at(1), {})
     with pytest.raises(UserError, match=r"under way before \(metrics\)"):
         begin("metrics")

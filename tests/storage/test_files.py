@@ -98,16 +98,12 @@ def test_a_folder_half_written_by_a_killed_program_is_told_and_begun_again(tmp_p
     assert names(tmp_path) == ["card"]
 
 
-def test_lines_are_there_at_once_and_appended(tmp_path):
+def test_lines_are_appended(tmp_path):
     for line in ("one", "two"):
-        writer = files.LineWriter(tmp_path / "lines")
-        writer.write(line)
-        assert (tmp_path / "lines").read_text().endswith(f"{line}\n")
-        writer.close()
+        files.append_line(tmp_path / "lines", line)
     assert (tmp_path / "lines").read_text() == "one\ntwo\n"
 
 
 def test_a_line_that_does_not_fit_is_an_error_with_a_remedy(tmp_path):
-    writer = files.LineWriter(tmp_path / "lines")
     with no_file_above(10), pytest.raises(UserError, match="make room"):
-        writer.write("x" * 20)
+        files.append_line(tmp_path / "lines", "x" * 20)
