@@ -110,7 +110,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
 def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, float]:
     """The state to go on from, and the seconds that it took."""
     restored = checkpoints.restore_newest(
-        setup.abstract, lambda record: check_fits(record, setup.config, setup.data)
+        setup.abstract,
+        lambda record: check_fits(record, setup.config, setup.data),
+        setup.task.fixed_positions,
     )
     if restored is not None:
         state, record = restored

@@ -10,7 +10,8 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -191,7 +192,10 @@ class Checkpoints:
             ) from error
 
     def restore_newest(
-        self, abstract_state: Any, check: Callable[[dict[str, Any]], None]
+        self,
+        abstract_state: Any,
+        check: Callable[[dict[str, Any]], None],
+        younger: Mapping[str, np.ndarray] = types.MappingProxyType({}),
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (state, record); None where there is none.
 
@@ -204,6 +208,7 @@ class Checkpoints:
           abstract_state: shapes, types and shardings to restore into. The device count may differ
             from the run that saved.
           check: raises if the record belongs to another run; its error is passed on.
+          younger: tensors by name that older checkpoints lack, with the values they stand for.
 
         Raises:
           UserError: there are checkpoints and none is whole, or one is whole but does not
@@ -213,7 +218,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
-                state, record = self._restore(step, abstract_state, check)
+                state, record = self._restore(step, abstract_state, check, younger)
             except _DamagedError as error:
                 logging.error(
                     "CHECKPOINT %d IN %s IS DAMAGED AND PASSED OVER: %s",
@@ -275,12 +280,17 @@ class Checkpoints:
         return sorted(set().union(*seen))
 
     def _restore(
-        self, step: int, abstract_state: Any, check: Callable[[dict[str, Any]], None]
+        self,
+        step: int,
+        abstract_state: Any,
+        check: Callable[[dict[str, Any]], None],
+        younger: Mapping[str, np.ndarray],
     ) -> tuple[Any, dict[str, Any]]:
         checkpoint = _agree(Checkpoint, self.directory / str(step))
         in_every_process(check, checkpoint.record)
         wanted, saved = by_name(abstract_state), by_name(checkpoint.tree)
-        if wanted.keys() != saved.keys():
+        lacking = younger.keys() & (wanted.keys() - saved.keys())
+        if wanted.keys() != saved.keys() | lacking:
             raise UserError(
                 f"checkpoint {step} in {self.directory} is whole but not of this program: "
                 f"{_some(wanted.keys() - saved.keys(), 'missing')}, "
@@ -289,9 +299,15 @@ class Checkpoints:
             )
         # Asked for in the tree that was saved: an absent part (None) need not be in both.
         tensors = _agree(checkpoint.read, _map_names(wanted.__getitem__, checkpoint.tree))
+        for name in lacking:
+            place = wanted[name].sharding
+            tensors[name] = jax.make_array_from_callback(
+                wanted[name].shape, place, younger[name].__getitem__
+            )
         state = _map_names(tensors.__getitem__, abstract_state)
         sums = jax.device_get(fingerprint(state)).tolist()  # all processes at once
-        _agree(checkpoint.check, dict(zip(by_name(state), sums, strict=True)))
+        sums = dict(zip(by_name(state), sums, strict=True))
+        _agree(checkpoint.check, {name: sums[name] for name in sums if name not in lacking})
         return state, checkpoint.record
 
     def _set_aside(self, step: int) -> None:

@@ -14,7 +14,7 @@ from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import ViT
+from mae_jax.models.vit import ViT, sincos_position_table
 from mae_jax.train import optimizers
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState
@@ -103,6 +103,16 @@ class Task:
         return (*self.encoder.image_size, self.encoder.channels)
 
     # What surrounds the steps.
+
+    @property
+    def fixed_positions(self) -> dict[str, np.ndarray]:
+        """Position tables by their name in the state: those that runs of version 0.1 had unsaid."""
+        widths = {"encoder": self.spec.width, "decoder": self.spec.decoder_width}
+        return {
+            f"frozen/{part}/pos_embed": sincos_position_table(width, self.spec.grid)[None]
+            for part, width in widths.items()
+            if width
+        }
 
     def prepare(self, state: TrainState, data: Splits) -> TrainState:
         """The state at step 0 with what it needs from the data; once a run."""
