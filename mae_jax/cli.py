@@ -60,7 +60,8 @@ def start(command: str, argv: Sequence[str] | None = None) -> int | None:
         return module.main(argv)
     except UserError as error:
         logging.debug("traceback", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        lines = (line.strip() for line in str(error).splitlines())
+        print("error:", " ".join(lines), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from mae_jax import cli, results
+from mae_jax import UserError, cli, results
 from mae_jax.config import image_size
 from tests.program import ROOT, command, environment
 
@@ -180,6 +180,14 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
     monkeypatch.setattr(results, "main", fault)
     with pytest.raises(ValueError, match="ours"):
         cli.main(["results", "x"])
+
+
+def test_a_message_of_several_lines_is_told_in_one(monkeypatch, capsys):
+    def refuse(argv):
+        raise UserError("two things:\n  one\n  another")
+
+    monkeypatch.setattr(results, "main", refuse)
+    assert refused(capsys, "results", "x") == "two things: one another"
 
 
 def test_ctrl_c_while_importing_is_one_line(tmp_path):
