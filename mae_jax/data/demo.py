@@ -48,12 +48,7 @@ class DemoSource:
     num_classes = len(PHOTOGRAPHS)
 
     def __init__(self, split: str):
-        """Finds the photographs.
-
-        Raises:
-          ImportError: scikit-image or scikit-learn is not installed.
-          ValueError: unknown split.
-        """
+        """Raises UserError: scikit-image or scikit-learn is absent, or the split is unknown."""
         self.split = split
         self.class_names = [name for name, *_ in PHOTOGRAPHS]
         self._indices = select(split, SPLITS)  # [n], validation counts on from train

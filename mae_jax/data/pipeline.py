@@ -112,7 +112,6 @@ def eval_batches(
     *,
     batch_size: int,
     positions: np.ndarray,
-    workers: int = 0,
     threads: int = 0,
     prefetch: int = 2,
     bad_records: str = "stop",
@@ -129,11 +128,11 @@ def eval_batches(
     """
     builder = _EvalBuilder(source, transform, batch_size, positions, bad_records, classes)
     steps = range(-(-len(source) // batch_size))
-    return Batches(builder, steps, workers, threads, prefetch)
+    return Batches(builder, steps, 0, threads, prefetch)
 
 
 class _Builder:
-    """Fills rows of batches. Picklable."""
+    """Fills rows of batches. Picklable; arguments as in `train_batches`."""
 
     extra: Mapping[str, ArraySpec] = {
         "label": ArraySpec((), np.int32),

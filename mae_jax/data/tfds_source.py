@@ -30,8 +30,8 @@ class TfdsSource:
           split: in TFDS notation.
 
         Raises:
-          FileNotFoundError: the dataset, or one of its shards, is not there.
-          ValueError: unknown split, no picture in the records, or a damaged shard.
+          UserError: the dataset, one of its shards, the split or a picture in the records is not
+            there, or a shard is damaged.
         """
         self.name, self.split = name, split
         folder = find_dataset(name, data_dir)
@@ -46,14 +46,12 @@ class TfdsSource:
             if list(feature.names) != [str(i) for i in range(feature.num_classes)]:
                 self.class_names = list(feature.names)
 
+        lengths = {name: s.num_examples for name, s in info.splits.items()}
         try:
-            pieces = info.splits[split].file_instructions
+            pieces = [p for p in info.splits[split].file_instructions if p.take]
         except Exception as e:  # ValueError, KeyError, or either re-raised with notes
-            lengths = {name: s.num_examples for name, s in info.splits.items()}
             raise split_error(split, lengths, e) from e
-        pieces = [p for p in pieces if p.take]
         if not pieces:
-            lengths = {name: s.num_examples for name, s in info.splits.items()}
             raise split_error(split, lengths, "it holds no record")
         self._paths = paths = [os.fspath(p.filename) for p in pieces]
         if absent := [p for p in paths if not os.path.exists(p)]:
@@ -96,14 +94,13 @@ class TfdsSource:
             features = tf_example_pb2.Example.FromString(data).features.feature
         except Exception as e:  # both readers raise plain RuntimeError or their own kinds
             raise DecodeError(f"{name}: the record cannot be read: {e}") from e
-        if "file_name" in features and features["file_name"].bytes_list.value:
-            name += f" ({features['file_name'].bytes_list.value[0].decode(errors='replace')})"
-        if self._image_key not in features or not features[self._image_key].bytes_list.value:
+        for file in features["file_name"].bytes_list.value:  # a record makes absent features empty
+            name += f" ({file.decode(errors='replace')})"
+        if not features[self._image_key].bytes_list.value:
             raise DecodeError(f"{name}: the record has no feature {self._image_key!r}")
-        label = -1
-        if self._label_key is not None and self._label_key in features:
-            label = features[self._label_key].int64_list.value[0]
-        return Record(features[self._image_key].bytes_list.value[0], label, name, id=index)
+        labels = features[self._label_key].int64_list.value if self._label_key else ()
+        image = features[self._image_key].bytes_list.value[0]
+        return Record(image, labels[0] if labels else -1, name, id=index)
 
 
 def find_dataset(name: str, data_dir: str) -> str:
@@ -112,8 +109,8 @@ def find_dataset(name: str, data_dir: str) -> str:
     Takes the newest version when ``name`` gives none, the only config when it gives none.
 
     Raises:
-      FileNotFoundError: nothing there; the message lists what is, and how to prepare the dataset.
-      ValueError: ``name`` is malformed or leaves several configs to choose from.
+      UserError: nothing there (the message lists what is, and how to prepare the dataset), or
+        ``name`` is malformed or leaves several configs to choose from.
     """
     if "://" in data_dir:
         raise UserError(
