@@ -10,6 +10,7 @@ of N on are all N records once, nothing is dropped, and a batch may be larger th
 import collections
 import concurrent.futures
 import functools
+import itertools
 import math
 import mmap
 import multiprocessing
@@ -266,8 +267,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                 return
             file = None
             if self._shared:
-                file, path = _shared_file(_shared_size(self._builder.schema, rows))
-                batch = _shared_arrays(self._builder.schema, rows, file)
+                file, path = _shared_file()
+                batch = _shared_arrays(self._builder, file)
                 fill = functools.partial(_fill_in_worker, path)
             else:
                 schema = self._builder.schema
@@ -312,41 +313,30 @@ class _Pending(NamedTuple):
     file: IO[bytes] | None  # its memory, where that is shared
 
 
-def _shared_file(size: int) -> tuple[IO[bytes], str]:
+def _shared_file() -> tuple[IO[bytes], str]:
     """A file in memory that workers open by its path; gone when everybody has closed it.
 
     Not in /dev/shm, of which a container has 64 MB.
     """
     if hasattr(os, "memfd_create"):
         file = os.fdopen(os.memfd_create("mae_jax-batch"), "r+b")
-        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-    else:  # no Linux: a file on disk
-        file = tempfile.NamedTemporaryFile()  # noqa: SIM115
-        path = file.name
-    file.truncate(size)
-    return file, path
+        return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 (no Linux: on disk)
+    return file, file.name
 
 
-def _shared_arrays(
-    schema: Mapping[str, ArraySpec], rows: int, file: IO[bytes]
-) -> dict[str, np.ndarray]:
+def _shared_arrays(builder: _Builder, file: IO[bytes]) -> dict[str, np.ndarray]:
     """The arrays of a batch, one behind the other in a file; whoever opens it sees the same."""
-    memory = mmap.mmap(file.fileno(), 0)
-    batch, offset = {}, 0
-    for name, spec in schema.items():
-        count = rows * math.prod(spec.shape)
-        array = np.frombuffer(memory, spec.dtype, count, offset)
-        batch[name] = array.reshape(rows, *spec.shape)
-        offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-    return batch
-
-
-def _shared_size(schema: Mapping[str, ArraySpec], rows: int) -> int:
-    """Bytes of those arrays, or a few more."""
-    return sum(
-        rows * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize + ALIGNMENT
-        for spec in schema.values()
-    )
+    shapes = {name: (len(builder.positions), *spec.shape) for name, spec in builder.schema.items()}
+    dtypes = {name: np.dtype(spec.dtype) for name, spec in builder.schema.items()}
+    sizes = [math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()]
+    offsets = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    file.truncate(offsets[-1])
+    memory = mmap.mmap(file.fileno(), offsets[-1])
+    return {
+        name: np.ndarray(shapes[name], dtypes[name], memory, offset)
+        for name, offset in zip(shapes, offsets, strict=False)
+    }
 
 
 _in_worker: tuple[_Builder, concurrent.futures.Executor]  # set in worker processes only
@@ -376,9 +366,8 @@ def _fill_in_worker(path: str, step: int, rows: Sequence[int]) -> list[str]:
 
 @functools.lru_cache(maxsize=1)  # the path of a batch serves again for later ones: by step, too
 def _open_batch(path: str, step: int) -> dict[str, np.ndarray]:
-    builder, _ = _in_worker
     with open(path, "r+b") as file:
-        return _shared_arrays(builder.schema, len(builder.positions), file)
+        return _shared_arrays(_in_worker[0], file)
 
 
 def _cpus() -> int:

@@ -65,6 +65,20 @@ class Source(Protocol):
         """Differs where any record may: the place, names, sizes and times of the files."""
 
 
+class Selection:
+    """Some records of a source, in the order given."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+        self.name, self.split = source.name, source.split
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+
 def files_identity(paths: Iterable[str]) -> str:
     """A digest of the places, sizes and times of files."""
     total = hashlib.sha256()

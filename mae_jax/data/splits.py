@@ -6,7 +6,7 @@ import numpy as np
 
 from mae_jax import UserError
 from mae_jax.data import pipeline
-from mae_jax.data.record import DecodeError, Source
+from mae_jax.data.record import DecodeError, Selection, Source
 from mae_jax.data.transforms import EvalTransform
 
 
@@ -65,22 +65,19 @@ class Splits:
         return self.examples(self.eval, count)
 
     def examples(self, source: Source, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images [count, H, W, C] uint8 of `source`, labels [count] and names of the records."""
-        count = min(count, len(source))
-        # Spread over the split: neighbours are often of one class.
-        indices = np.linspace(0, len(source) - 1, count).astype(int)
-        images, labels, names = zip(*(self._example(source, int(i)) for i in indices), strict=True)
-        return np.stack(images), np.asarray(labels, np.int32), list(names)
+        """Images [n, H, W, C] uint8 of `source`, labels [n] and names of the records; n <= count.
 
-    def _example(self, source: Source, index: int) -> tuple[np.ndarray, int, str]:
-        for i in range(len(source)):
-            try:
-                record = source[(index + i) % len(source)]
-                return self.eval_transform.image(record), record.label, record.name
-            except DecodeError:
-                if self.bad_records != "skip":
-                    raise
-        raise DecodeError(f"none of the {len(source)} records of {source.split} can be decoded")
+        They are spread over the split: neighbours are often of one class.
+        """
+        count = min(count, len(source))
+        chosen = Selection(source, np.linspace(0, len(source) - 1, count).astype(int))
+        with self.in_order(chosen, np.arange(count), count) as batches:
+            batch = next(batches)
+        real = batch["weight"] > 0
+        if not real.any():
+            raise DecodeError(f"none of {count} records of {source.split} can be decoded")
+        names = [source[index].name for index in batch["id"][real]]
+        return batch["image"][real], batch["label"][real], names
 
 
 def common_classes(train: Source, evaluation: Source, fields: str, need: str) -> int:

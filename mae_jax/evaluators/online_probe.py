@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from mae_jax import UserError
 from mae_jax.config import image_size
 from mae_jax.data import pipeline
-from mae_jax.data.record import DecodeError, Source
+from mae_jax.data.record import DecodeError, Selection, Source
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import common_classes
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.sharding import abstract_state, shardings_of
-from mae_jax.evaluators.over_split import OverSplit, Selection, rows
+from mae_jax.evaluators.over_split import OverSplit, rows
 from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.train.metrics import MetricsWriter

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mae_jax import UserError
 from mae_jax.data.pipeline import Transform, eval_batches
-from mae_jax.data.record import Record, Source
+from mae_jax.data.record import Selection, Source
 from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
 from mae_jax.storage.files import complete_or_absent
 from mae_jax.storage.processes import in_every_process
@@ -251,20 +251,6 @@ class Parts:
             whole[done : done + len(block)] = block
             done += len(block)
         return whole
-
-
-class Selection:
-    """Some records of a source, in the order given."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-        self.name, self.split = source.name, source.split
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.source[int(self.indices[index])]
 
 
 class _Log(io.TextIOBase):
