@@ -71,12 +71,19 @@ class Splits:
         """
         count = min(count, len(source))
         chosen = Selection(source, np.linspace(0, len(source) - 1, count).astype(int))
-        with self.in_order(chosen, np.arange(count), count) as batches:
+        batches = pipeline.eval_batches(
+            chosen,
+            self.eval_transform,
+            batch_size=count,
+            positions=np.arange(count),
+            **self.loading,
+        )
+        with batches:
             batch = next(batches)
         real = batch["weight"] > 0
         if not real.any():
             raise DecodeError(f"none of {count} records of {source.split} can be decoded")
-        names = [source[index].name for index in batch["id"][real]]
+        names = [source[int(index)].name for index in chosen.indices[real]]
         return batch["image"][real], batch["label"][real], names
 
 
