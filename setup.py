@@ -42,6 +42,7 @@ setup(
         "absl-py>=2.1",
         "array_record>=0.8; sys_platform != 'win32'",
         "clu>=0.0.12",
+        "etils[epath]>=1.7",
         "flatbuffers>=24",
         "flax>=0.12",
         "google-crc32c>=1.5",
