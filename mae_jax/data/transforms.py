@@ -28,7 +28,6 @@ CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 # Width of the blur before shrinking by s, as Gaussian sigma / s, pixels: the best fit to Pillow's
 # bicubic on 14 ImageNet photographs shrunk by 1.03 to 3 (best sigma 0.35 at 1.03, 0.8 at 2).
 BLUR_PER_SHRINK = 0.39
-CROPS = ("random_resized", "single_try", "centre")
 EVAL_CROP_RATIO = 224 / 256  # evaluation up to 224 px: short side to 256, centre crop 224
 EVAL_CROP_RATIO_UP_TO = 224  # px; larger inputs are evaluated without cutting the border
 
@@ -196,6 +195,9 @@ def _placed(rng: np.random.Generator, height: int, width: int, h: int, w: int) -
     return top, left, h, w
 
 
+RANDOM_CROPS = {"random_resized": random_resized_crop_box, "single_try": single_try_crop_box}
+
+
 def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     """Crops and resizes with Pillow's antialiased bicubic, the paper's resampling.
 
@@ -283,14 +285,6 @@ class _Crop:
     """Height and width of the result, pixels."""
     channels: int = 3
 
-    def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise UserError(
-                f"model.image_size={self.size}: needs a height and a width of at least 1"
-            )
-        if self.channels < 1:
-            raise UserError(f"model.channels={self.channels}: needs at least 1")
-
     @property
     def schema(self) -> dict[str, ArraySpec]:
         """What it makes of a record."""
@@ -314,29 +308,11 @@ class TrainTransform(_Crop):
     ratio: Range = (3 / 4, 4 / 3)
     """Width over height."""
     crop: str = "random_resized"
-    """One of `CROPS`."""
+    """One of `RANDOM_CROPS`, or `centre`."""
     resize: str = "exact"
     """One of `RESIZES`."""
     randaugment: RandAugment | None = None
     """Done to the resized crop (fine-tuning)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, value, choices in (
-            ("data.crop", self.crop, CROPS),
-            ("data.resize", self.resize, RESIZES),
-        ):
-            if value not in choices:
-                raise UserError(f"{field}={value!r}: choose {' or '.join(choices)}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"data.scale={self.scale}: needs 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise UserError(f"data.ratio={self.ratio}: needs 0 < low <= high")
-        if self.randaugment and len(self.randaugment.fill) != self.channels:
-            raise UserError(
-                f"augment.randaugment: fills with {self.randaugment.fill}, but model.channels="
-                f"{self.channels}; RandAugment needs 1 or 3 channels and as many values"
-            )
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns "image"; consumes ``rng``. Raises DecodeError naming the record."""
@@ -353,11 +329,9 @@ class TrainTransform(_Crop):
 
     def box(self, rng: np.random.Generator, height: int, width: int) -> Box:
         """The crop of a picture of height x width pixels; consumes ``rng`` if it is random."""
-        if self.crop == "random_resized":
-            return random_resized_crop_box(rng, height, width, self.scale, self.ratio)
-        if self.crop == "single_try":
-            return single_try_crop_box(rng, height, width, self.scale, self.ratio)
-        return centre_box(height, width, self.size, _eval_crop_ratio(self.size))
+        if self.crop == "centre":
+            return centre_box(height, width, self.size, _eval_crop_ratio(self.size))
+        return RANDOM_CROPS[self.crop](rng, height, width, self.scale, self.ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +346,6 @@ class EvalTransform(_Crop):
     """Crop over resized side, in (0, 1]. None: 224 / 256 up to 224 px, else 1."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise UserError(f"crop_ratio={self.crop_ratio}: needs 0 < crop_ratio <= 1")
 
