@@ -1,5 +1,10 @@
 """Masked Autoencoders (arXiv 2111.06377) in JAX and Flax."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mae_jax.pretrained import Model
+
 __version__ = "0.1.0"
 
 
@@ -9,3 +14,20 @@ class UserError(ValueError):
     Commands show the message alone and exit with status 2. Every other error is ours, and shows
     its traceback.
     """
+
+
+def load(path: str, **overrides: Any) -> "Model":
+    """A pretrained model, to encode, reconstruct and classify pictures with.
+
+    Args:
+      path: weights in any format that is read: a workdir, an export of this project, official
+        `.pth`, timm, a Hugging Face folder.
+      overrides: what the weights do not tell of themselves, fields of `models.spec.ModelSpec` such
+        as `heads`, `decoder_heads`, `target`, `image_size`, `mean`, `std`, `class_names`.
+
+    Raises:
+      UserError: weights that cannot be read, or that lack something.
+    """
+    from mae_jax.pretrained import Model  # jax is imported only now
+
+    return Model(path, **overrides)

@@ -146,6 +146,14 @@ def image_size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
+def class_names(text: str) -> tuple[str, ...]:
+    """`none`, or the lines of a file."""
+    try:
+        return () if text == "none" else tuple(pathlib.Path(text).read_text().splitlines())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+
+
 def add_overrides(parser: Parser) -> None:
     """Options for fields of `models.spec.ModelSpec`."""
     from mae_jax.models.targets import TARGETS
@@ -159,11 +167,16 @@ def add_overrides(parser: Parser) -> None:
     group.add_argument("--target", choices=tuple(TARGETS), help="what the decoder predicts")
     group.add_argument("--mean", type=numbers, help="of the input's channels, pixels in [0, 1]")
     group.add_argument("--std", type=numbers, help="of the input's channels, pixels in [0, 1]")
+    group.add_argument(
+        "--class_names",
+        type=class_names,
+        help="file of names, one a line, in place of those the weights carry; none: forget those",
+    )
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those of `add_overrides` that were given."""
-    names = ("heads", "decoder_heads", "image_size", "target", "mean", "std")
+    names = ("heads", "decoder_heads", "image_size", "target", "mean", "std", "class_names")
     given = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 

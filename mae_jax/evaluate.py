@@ -53,6 +53,7 @@ from mae_jax.evaluators.robustness import (
     require_present,
 )
 from mae_jax.interop.checkpoint import Checkpoint
+from mae_jax.interop.class_names import require_same_classes
 from mae_jax.models.classifier import classification_sums
 from mae_jax.models.inference import classify_function
 from mae_jax.storage.files import read_json, write_json
@@ -96,8 +97,12 @@ class Scorer:
 
         self._run = OverSplit(score, mesh, batch_size)
 
-    def check(self, source: Source) -> None:
-        """Raises UserError where labels are missing or are not the classifier's."""
+    def check(self, source: Source) -> str:
+        """Raises UserError where labels are missing or are not the classifier's.
+
+        Returns:
+          a note where the names of the classes could not be compared, else an empty string.
+        """
         where = f"{source.name}, split {source.split},"
         if source.num_classes is None or source[0].label < 0:
             raise UserError(
@@ -109,6 +114,7 @@ class Scorer:
                 f"{where} has {source.num_classes} classes, the classifier has "
                 f"{self._spec.classes}: evaluate on the data set it was trained for"
             )
+        return require_same_classes(self._spec.class_names, source.class_names, where)
 
     def __call__(self, source: Source, *, subset: bool = False) -> dict[str, float]:
         """Mean "top1", "top5" and "loss" over all "examples", and the number of "classes".
@@ -174,11 +180,12 @@ def evaluate(
         "weights": checkpoint.digest(),
         "model": str(checkpoint.spec),
     }
+    before = _read_unfinished(output, settings)
     result: dict[str, Any] = {
         "weights": checkpoint.source,
-        "notes": list(checkpoint.notes),
+        "notes": list(dict.fromkeys([*checkpoint.notes, *before.get("notes", ())])),
         "settings": settings,
-        "sets": _sets_done(output, settings),
+        "sets": before.get("sets", {}),
     }
 
     def write() -> None:
@@ -190,7 +197,10 @@ def evaluate(
         if name in result["sets"]:
             continue
         source = open_source(name, data_dir, benchmark.split)
-        scorer.check(source)
+        note = scorer.check(source)
+        if note and note not in result["notes"]:
+            result["notes"].append(note)
+            print(f"note: {note}", file=sys.stderr)
         result["sets"][name] = scorer(source, subset=benchmark.subset)
         write()
     result |= _summary(checkpoint.source, benchmark, result["sets"])
@@ -198,8 +208,8 @@ def evaluate(
     return result
 
 
-def _sets_done(output: str, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Scores of the data sets that are in the file already."""
+def _read_unfinished(output: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds of this evaluation already; empty where there is none."""
     if not output or not pathlib.Path(output).exists():
         return {}
     if pathlib.Path(output).is_dir():
@@ -215,7 +225,7 @@ def _sets_done(output: str, settings: dict[str, Any]) -> dict[str, dict[str, flo
         f"{output} holds {len(old['sets'])} of {len(settings['data'])} data set(s) already",
         file=sys.stderr,
     )
-    return old["sets"]
+    return old
 
 
 def _summary(

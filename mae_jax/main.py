@@ -33,7 +33,9 @@ from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed import startup
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
 from mae_jax.evaluators.means import Evaluation
+from mae_jax.interop.class_names import require_same_classes
 from mae_jax.interop.load import load_into
+from mae_jax.models.spec import ModelSpec
 from mae_jax.results import write_results
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.storage.files import complete_or_absent_folder, write_atomically
@@ -149,6 +151,7 @@ def train_and_evaluate(
     def save(step: int, state: TrainState) -> None:
         record = {
             "config": config.to_dict(),
+            "model": task.spec.to_json(),
             "seed": config.seed,
             "data": {"examples": len(data.train), "position": step * config.batch_size},
             "elapsed_seconds": time.time() - started,
@@ -250,6 +253,9 @@ def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None
             f"the workdir holds checkpoints of another config ({'; '.join(changes)}); give these "
             "fields their old values to continue, or choose a new --workdir"
         )
+    names = ModelSpec.from_json(record["model"]).class_names if "model" in record else ()
+    if names and data.classes:
+        require_same_classes(names, data.train.class_names, f"data.dir: {data.train.name}")
     examples = record["data"]["examples"]
     if examples != len(data.train):
         raise UserError(

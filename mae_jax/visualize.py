@@ -11,20 +11,15 @@ if __name__ == "__main__":
 
     raise SystemExit(start("visualize"))
 
-import functools
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from mae_jax import UserError, cli
-from mae_jax.data.folder import PictureFiles
-from mae_jax.data.transforms import EvalTransform
-from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.models.masking import num_kept, sample_masking
-from mae_jax.models.reconstruct import reconstruct
+from mae_jax.models.targets import TARGETS
 from mae_jax.pictures.grids import reconstruction_grid
+from mae_jax.pretrained import Model
 from mae_jax.storage.files import write_png
 
 
@@ -34,7 +29,7 @@ def reconstruct_files(
     """Reconstructions of picture files at several mask ratios, one block of rows a ratio.
 
     Args:
-      weights: with a decoder; see `interop.checkpoint.open_checkpoint`.
+      weights: with a decoder; see `mae_jax.load`.
       seed: of the masks.
       overrides: what the weights do not tell of themselves.
 
@@ -45,32 +40,18 @@ def reconstruct_files(
       UserError: bad weights, no decoder, a ratio that hides nothing or everything, or a picture
         that cannot be read, by name.
     """
-    checkpoint = open_checkpoint(weights, **overrides)
-    d = checkpoint.spec
-    patches = d.grid[0] * d.grid[1]
-    for ratio in ratios:
-        if not (0 < ratio < 1 and 0 < num_kept(patches, ratio) < patches):
-            raise UserError(
-                f"--mask_ratio={ratio:g}: of {patches} patches at least one must stay and one go"
-            )
-    model, params = d.mae(position_params=True), checkpoint.params()
-    transform = EvalTransform(size=d.image_size, channels=d.channels)
-    pictures = PictureFiles("", files)
-    images = np.stack([transform.image(pictures[i]) for i in range(len(files))])  # [B, H, W, C]
-    keys = jax.random.split(jax.random.key(seed), len(files))
-    compute = jax.jit(functools.partial(reconstruct, model, mean=d.mean, std=d.std))
-    sheets = []
-    for ratio in ratios:
-        result = compute(params, images, sample_masking("random", keys, d.grid, ratio))
-        sheets.append(
-            reconstruction_grid(
-                images,
-                **jax.device_get(result),
-                names=[pathlib.Path(file).name for file in files],
-                title=checkpoint.source,
-                note=model.target.note,
-            )
+    model = Model(weights, **overrides)
+    images = model.pixels(files)  # [B, H, W, C]
+    sheets = [
+        reconstruction_grid(
+            images,
+            **model.reconstruct(images, ratio, seed),
+            names=[pathlib.Path(file).name for file in files],
+            title=model.source,
+            note=TARGETS[model.spec.target].note,
         )
+        for ratio in ratios
+    ]
     return np.concatenate(sheets)
 
 

@@ -31,8 +31,8 @@ class ArraySpec(NamedTuple):
 class Record:
     """One example as it lies in the dataset, not yet decoded."""
 
-    image: bytes | np.ndarray
-    """Bytes of an encoded picture file, or a decoded picture, uint8 [H, W, C]."""
+    image: Any
+    """Bytes of a picture file, a picture that Pillow has opened, or uint8 [H, W, C]."""
     label: int
     """Class index; -1 when unlabelled."""
     name: str

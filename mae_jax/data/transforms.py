@@ -33,7 +33,7 @@ EVAL_CROP_RATIO_UP_TO = 224  # px; larger inputs are evaluated without cutting t
 
 
 def decode(
-    image: bytes | np.ndarray, channels: int, name: str, *, upright: bool = False
+    image: bytes | np.ndarray | Image.Image, channels: int, name: str, *, upright: bool = False
 ) -> np.ndarray:
     """Decodes a picture.
 
@@ -42,7 +42,7 @@ def decode(
     white, so that colours nobody sees do not count.
 
     Args:
-      image: bytes of a picture file, or uint8 [H, W, C].
+      image: bytes of a picture file, a picture that Pillow has opened, or uint8 [H, W, C].
       channels: 1 or 3; any other count only for an array that has it.
       name: names the record in errors.
       upright: turns and mirrors the picture as its EXIF orientation asks; else it is left as the
@@ -61,6 +61,9 @@ def decode(
             f"{name}: model.channels={channels}, but picture files are read as 1 or 3 channels; "
             "store such pictures as .npy, uint8 [H, W, C], and use data.name='folder'"
         )
+    if isinstance(image, Image.Image):
+        pixels = _pillow_channels(image, channels)
+        return _turned(pixels, image) if upright else pixels
     if image.startswith(JPEG_START):
         pixels = _decode_jpeg(image, channels, name)
         if pixels is not None:

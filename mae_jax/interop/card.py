@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from mae_jax.models.spec import ModelSpec
 
+SHOWN_CLASSES = 20
+
 OWN_WEIGHTS_LICENCE = (
     "The code that made these weights is Apache-2.0. The weights are their owner's, who names "
     "their licence here; the licence of the training images may bind it."
@@ -45,6 +47,9 @@ def model_card(
     if spec.classes:
         source = {"mean": "the mean patch token", "cls": "the class token"}[spec.summary]
         described["head"] = f"{spec.classes} classes from {source}"
+    if spec.class_names:
+        more = ", ..." if len(spec.class_names) > SHOWN_CLASSES else ""
+        described["classes"] = ", ".join(spec.class_names[:SHOWN_CLASSES]) + more
     trained = {str(key): str(value) for key, value in facts.items()}
     if not trained:
         trained = {"not recorded": "the weights came from a file that does not say"}

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from mae_jax import UserError
+from mae_jax.interop.class_names import informative
 from mae_jax.interop.export import DESCRIPTION_FILE, ORBAX_FOLDER
 from mae_jax.interop.infer import infer_spec
 from mae_jax.interop.names import Tensors, from_hugging_face, is_decoder, is_hugging_face
@@ -138,7 +139,7 @@ def _from_tensors(
         stated = dataclasses.asdict(_complete(spec, overrides, path))
         kind = "own"
     elif hugging_face:
-        fields, more = _hugging_face_fields(path.parent)
+        fields, more = _hugging_face_fields(path.parent, has_head="head.weight" in tensors)
         stated, kind = fields | overrides, "Hugging Face"
         notes += more
     else:
@@ -182,7 +183,9 @@ def _checked(
     return Checkpoint(whole, spec, source, tuple(notes or ()), facts or {})
 
 
-def _hugging_face_fields(folder: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+def _hugging_face_fields(
+    folder: pathlib.Path, *, has_head: bool
+) -> tuple[dict[str, Any], list[str]]:
     """What config.json and preprocessor_config.json tell, and notes on it."""
     where = folder / "config.json"
     if not where.is_file():
@@ -211,6 +214,8 @@ def _hugging_face_fields(folder: pathlib.Path) -> tuple[dict[str, Any], list[str
         fields["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
         fields["target"] = "norm_pixel" if config.get("norm_pix_loss", False) else "pixel"
         fields["mask_ratio"] = config.get("mask_ratio", 0.75)
+    if has_head and (labels := config.get("id2label")):
+        fields["class_names"] = informative([labels[i] for i in sorted(labels, key=int)])
     processor_file = folder / "preprocessor_config.json"
     if processor_file.is_file():
         processor = read_json(processor_file)
@@ -237,6 +242,10 @@ def _timm_fields(folder: pathlib.Path, *, has_head: bool) -> dict[str, Any]:
     pools = {"avg": mean_pool, "token": "cls"}
     if has_head and pooling in pools:  # stated, so that it must agree with the tensors
         fields["pool"] = pools[pooling]
+    labels = config.get("label_names", cfg.get("label_names"))
+    if has_head and labels:
+        names = [labels[i] for i in sorted(labels, key=int)] if isinstance(labels, dict) else labels
+        fields["class_names"] = informative(names)
     if "mean" in cfg and "std" in cfg:
         fields["mean"], fields["std"] = tuple(cfg["mean"]), tuple(cfg["std"])
     return fields
@@ -246,7 +255,7 @@ def _complete(spec: ModelSpec, overrides: dict[str, Any], where: pathlib.Path) -
     """A description with `overrides` where it says nothing; they must not contradict it."""
     for field, value in overrides.items():
         stated = getattr(spec, field)
-        if stated not in ("", 0) and stated != value:
+        if stated not in ("", 0) and stated != value and field != "class_names":
             raise UserError(f"{where}: {field} is {stated}, not {value}")
     return dataclasses.replace(spec, **overrides)
 

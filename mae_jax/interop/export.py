@@ -167,11 +167,13 @@ Exporter = Callable[[Params, pathlib.Path, ModelSpec, Mapping[str, Any]], pathli
 
 def timm_config(spec: ModelSpec) -> dict[str, Any]:
     """`config.json` for timm's `local-dir:` and `hf-hub:` sources."""
+    labels = {"label_names": spec.class_names} if spec.class_names else {}
     return {
         # Any plain ViT will do: model_args overrides all of its sizes.
         "architecture": "vit_base_patch16_224",
         "num_classes": spec.classes,
         "num_features": spec.width,
+        **labels,
         "model_args": {
             "img_size": spec.image_size,
             "patch_size": spec.patch_size,
@@ -233,7 +235,8 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
         "torch_dtype": "float32",
     }
     if spec.classes:
-        labels = {i: f"LABEL_{i}" for i in range(spec.classes)}
+        names = spec.class_names or [f"LABEL_{i}" for i in range(spec.classes)]
+        labels = dict(enumerate(names))
         return {
             "architectures": ["ViTForImageClassification"],
             "model_type": "vit",

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mae_jax import UserError
 from mae_jax.interop.adapt import change_channels, resize_patches, resize_positions
 from mae_jax.interop.checkpoint import open_checkpoint
+from mae_jax.interop.class_names import require_same_classes
 from mae_jax.interop.names import is_decoder, official_name
 from mae_jax.interop.weights import Params, from_official
 from mae_jax.models.spec import ModelSpec
@@ -75,6 +76,8 @@ def load_into(
     report = LoadReport(source, notes=list(checkpoint.notes))
     flat = flatten_dict(params, sep="/")
     wanted = {official_name(path): path for path in flat}
+    if "pos_embed" not in wanted:
+        raise ValueError("the tree must hold its position tables (position_params)")
     _require_same_encoder(theirs, model, source)
     if "norm.weight" in wanted and "norm.weight" not in checkpoint.tensors:
         raise UserError(
@@ -86,6 +89,12 @@ def load_into(
     if use_decoder:
         _require_same_decoder(theirs, model, source)
     use_head = theirs.pool == model.pool and theirs.classes == model.classes
+    if use_head and model.classes:
+        try:
+            note = require_same_classes(theirs.class_names, model.class_names, "the data")
+        except UserError as error:
+            use_head, note = False, f"the head is not used: {error}"
+        report.notes += [note] if note else []
 
     def usable(name: str) -> bool:
         if is_decoder(name):

@@ -49,7 +49,9 @@ def read_workdir(
         **_last_metrics(workdir / "metrics.jsonl"),
     }
     classes = params["head"]["bias"].shape[0] if "head" in params else 0
-    return params, ModelSpec.from_config(config, classes), facts, notes
+    spec = ModelSpec.from_config(config, classes)  # of runs of version 0.1
+    spec = ModelSpec.from_json(record["model"]) if "model" in record else spec
+    return params, spec, facts, notes
 
 
 def _last_metrics(path: pathlib.Path) -> dict[str, str]:

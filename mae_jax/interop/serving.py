@@ -14,7 +14,7 @@ import numpy as np
 from mae_jax import UserError
 from mae_jax.interop.card import model_card
 from mae_jax.interop.checkpoint import Checkpoint
-from mae_jax.interop.export import CARD_FILE
+from mae_jax.interop.export import CARD_FILE, DESCRIPTION_FILE
 from mae_jax.models.inference import features_function
 from mae_jax.storage.files import write_atomically
 
@@ -35,6 +35,7 @@ _LOADER = '''"""Image features. Needs jax and numpy, nothing else.
 or `python serve.py images.npy features.npz`.
 """
 
+import json
 import pathlib
 import sys
 
@@ -53,6 +54,11 @@ def load(path=HERE / "{file}"):
     from jax import export
 
     return jax.jit(export.deserialize(bytearray(pathlib.Path(path).read_bytes())).call)
+
+
+def class_names():
+    """What the logits stand for, in their order; empty where nobody knew."""
+    return json.loads((HERE / "{description}").read_text()).get("class_names", [])
 
 
 if __name__ == "__main__":
@@ -97,8 +103,11 @@ def export_stablehlo(
     outputs = exported.out_tree.unflatten(exported.out_avals)
     names = ", ".join(f'"{name}"' for name in outputs)
     kind = "Image classifier" if spec.classes else "Image encoder"
-    loader = _LOADER.format(shape=shape, names=names, file=FILE, library=LOADER_LIBRARY)
+    loader = _LOADER.format(
+        shape=shape, names=names, file=FILE, library=LOADER_LIBRARY, description=DESCRIPTION_FILE
+    )
     write_atomically(directory / LOADER_FILE, loader)
+    write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
     write_atomically(directory / LOADER_LIBRARY, _reader_library())
     card = model_card(
         spec,

@@ -13,6 +13,8 @@ import numpy as np
 
 from mae_jax import UserError
 from mae_jax.models.classifier import pool_tokens
+from mae_jax.models.masking import sample_masking
+from mae_jax.models.reconstruct import reconstruct
 from mae_jax.models.spec import ModelSpec
 
 Params = dict[str, Any]
@@ -93,6 +95,23 @@ def _pooled(tokens: jax.Array) -> Features:
         "mean": pool_tokens(tokens, "mean"),
         "tokens": tokens.astype(jnp.float32),
     }
+
+
+def reconstruct_function(
+    spec: ModelSpec, mask_ratio: float, *, dtype: jnp.dtype = jnp.float32
+) -> Callable[[Params, jax.Array, jax.Array], dict[str, jax.Array]]:
+    """(parameters, images [B, H, W, C] uint8, keys [B]) -> see `reconstruct`; random masks.
+
+    Raises:
+      UserError: there is no decoder, or something of it is not known.
+    """
+    model = spec.mae(dtype=dtype, position_params=True)
+
+    def function(params: Params, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        masking = sample_masking("random", keys, spec.grid, mask_ratio)
+        return reconstruct(model, params, images, masking, spec.mean, spec.std)
+
+    return function
 
 
 def _normalize(images: jax.Array, spec: ModelSpec) -> jax.Array:

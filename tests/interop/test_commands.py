@@ -273,7 +273,7 @@ def test_reconstructions_of_own_pictures_at_several_ratios(weights, pictures, tm
 def test_a_mask_that_leaves_nothing_is_refused(ratio, weights, pictures, tmp_path, capsys):
     arguments = [f"--weights={weights}", f"--output={tmp_path / 'g.png'}", f"--mask_ratio={ratio}"]
     error = error_of(visualize.main, [*arguments, "--images", str(pictures / "a/01.png")], capsys)
-    assert error.startswith("error: --mask_ratio=")
+    assert error.startswith("error: mask_ratio=")
     assert not (tmp_path / "g.png").exists()
 
 

@@ -359,3 +359,22 @@ def test_a_damaged_orbax_export_is_refused(tmp_path):
             file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(UserError, match="not a readable Orbax checkpoint"):
         open_checkpoint(tmp_path)
+
+
+def test_a_decoder_of_unusual_width_is_no_obstacle_where_it_is_not_wanted(tmp_path):
+    """Its heads cannot be read off the tensors; an encoder needs no answer."""
+    tensors = official_tensors(seed=1)  # 16 wide, which no published decoder is
+    path = write(tmp_path, tensors)
+    d = dataclasses.replace(CLASSIFIER, target="", mask_ratio=0.0)
+    loaded, report = load_into(classifier_params(d, seed=2), path, d)
+    np.testing.assert_array_equal(
+        loaded["encoder"]["blocks"]["0"]["attn"]["proj"]["bias"],
+        tensors["blocks.0.attn.proj.bias"],
+    )
+    assert "not used: the decoder" in str(report)
+    loaded, _ = load_into(random_params(seed=2), path, SMALL, parts="encoder", heads=4)
+    assert_same_tree(loaded["decoder"], random_params(seed=2)["decoder"])
+    checkpoint = open_checkpoint(path, heads=4, target="pixel")
+    assert checkpoint.spec.decoder_heads == 0
+    with pytest.raises(UserError, match="give decoder_heads"):
+        checkpoint.spec.mae()

@@ -1,0 +1,153 @@
+"""Pretrained models applied to pictures: what `mae_jax.load` gives."""
+
+import concurrent.futures
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from mae_jax import UserError
+from mae_jax.data.folder import PictureFiles
+from mae_jax.data.record import Record
+from mae_jax.data.transforms import EvalTransform
+from mae_jax.interop.checkpoint import open_checkpoint
+from mae_jax.models.inference import classify_function, features_function, reconstruct_function
+from mae_jax.models.masking import num_kept
+
+BATCH_SIZE = 64  # pictures computed at once
+
+Picture = str | os.PathLike | np.ndarray | Image.Image
+Pictures = np.ndarray | Sequence[Picture]
+Arrays = dict[str, np.ndarray]
+
+
+class Model:
+    """A model with its weights.
+
+    Every method takes `images`: uint8 [B, H, W, C] of the model's own size, used as they are; or
+    pictures of any size (paths, PIL images, uint8 arrays [H, W, C]), of which the evaluation crop
+    is taken as by `mae-jax features`, upright as their EXIF orientation asks.
+
+    Attributes:
+      spec: `models.spec.ModelSpec`.
+      source: what was read, in words.
+      notes: what a user should know of the reading.
+    """
+
+    def __init__(self, path: str | os.PathLike, **overrides: Any):
+        checkpoint = open_checkpoint(path, **overrides)
+        self.spec, self.source = checkpoint.spec, checkpoint.source
+        self.notes = checkpoint.notes
+        self._params = checkpoint.params()
+        self._transform = EvalTransform(size=self.spec.image_size, channels=self.spec.channels)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        parts = [f"ViT of {spec.depth} blocks, width {spec.width}, patches of {spec.patch_size}"]
+        parts += ["decoder"] if spec.decoder_depth else []
+        parts += [f"head of {spec.classes} classes"] if spec.classes else []
+        height, width = spec.image_size
+        return f"<{', '.join(parts)}; {height} x {width} px; {self.source}>"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in their order; empty where nobody knows them."""
+        return self.spec.class_names
+
+    def encode(self, images: Pictures) -> Arrays:
+        """Features of whole pictures, float32, as `mae-jax features` writes them.
+
+        Returns:
+          "cls" [B, D], "mean" [B, D] over patches, "tokens" [B, 1 + L, D]; "logits" [B, K] of a
+          classifier.
+        """
+        return self._run(self._features, self.pixels(images))
+
+    def reconstruct(self, images: Pictures, mask_ratio: float = 0.75, seed: int = 0) -> Arrays:
+        """Pictures with random patches removed and predicted, as `mae-jax visualize` draws them.
+
+        Returns:
+          "pixels" [B, H, W, C] uint8, removed patches as predicted, the others as they are; "mask"
+          [B, L], 1 = removed; "loss" [B] float32 over the removed patches. No "pixels" where the
+          decoder predicts something that has no way back to them.
+
+        Raises:
+          UserError: no decoder, or a ratio that hides nothing or everything.
+        """
+        patches = self.spec.grid[0] * self.spec.grid[1]
+        if not (0 < mask_ratio < 1 and 0 < num_kept(patches, mask_ratio) < patches):
+            raise UserError(
+                f"mask_ratio={mask_ratio:g}: of {patches} patches at least one must stay and one go"
+            )
+        function = self._reconstruct(mask_ratio)
+        pixels = self.pixels(images)
+        keys = jax.random.split(jax.random.key(seed), len(pixels))
+        return self._run(function, pixels, keys)
+
+    def classify(self, images: Pictures) -> np.ndarray:
+        """Probabilities [B, K] float32 of the classes, those that `mae-jax evaluate` scores.
+
+        Raises:
+          UserError: there is no head.
+        """
+        return self._run(self._classify, self.pixels(images))["probabilities"]
+
+    def pixels(self, images: Pictures) -> np.ndarray:
+        """What the model is fed: uint8 [B, H, W, C] of its size."""
+        size = (*self.spec.image_size, self.spec.channels)
+        if hasattr(images, "ndim"):
+            images = np.asarray(images)
+            if images.dtype != np.uint8 or images.ndim != 4:
+                raise UserError(
+                    f"images are {images.dtype} {list(images.shape)}: give uint8 [B, H, W, C], or "
+                    "a list of pictures"
+                )
+            if images.shape[1:] == size:
+                return images
+        elif isinstance(images, (str, os.PathLike, Image.Image)):
+            raise UserError("images: give a list of pictures, [picture] for one")
+        if not len(images):
+            raise UserError("images: give at least one picture")
+
+        def prepare(numbered: tuple[int, Picture]) -> np.ndarray:
+            number, picture = numbered
+            if isinstance(picture, (str, os.PathLike)):
+                path = pathlib.Path(picture).expanduser().absolute()
+                return self._transform.image(PictureFiles(path.parent, [path.name])[0])
+            record = Record(picture, -1, f"images[{number}]", upright=True)
+            return self._transform.image(record)
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return np.stack(list(pool.map(prepare, enumerate(images))))
+
+    @functools.cached_property
+    def _features(self) -> Callable:
+        return jax.jit(features_function(self.spec))
+
+    @functools.cached_property
+    def _classify(self) -> Callable:
+        classify = classify_function(self.spec)
+        return jax.jit(lambda *args: {"probabilities": jax.nn.softmax(classify(*args))})
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  a model lives as long as its user wants
+    def _reconstruct(self, mask_ratio: float) -> Callable:
+        return jax.jit(reconstruct_function(self.spec, mask_ratio))
+
+    def _run(self, function: Callable, *rows: Any) -> Arrays:
+        """`function(params, *rows)` in batches of one size, so that it is compiled once."""
+        count = len(rows[0])
+        size = min(BATCH_SIZE, count)
+        results = []
+        for start in range(0, count, size):
+            places = np.arange(start, start + size) % count  # the last batch is filled up
+            batch = [x[places] for x in rows]
+            results.append(jax.device_get(function(self._params, *batch)))
+        return {
+            name: np.concatenate([result[name] for result in results])[:count]
+            for name in results[0]
+        }
