@@ -17,6 +17,7 @@ from typing import Any
 
 from mae_jax import UserError, cli
 from mae_jax.interop import export, serving
+from mae_jax.interop.card import CARD_FILE
 from mae_jax.storage.files import complete_or_absent_folder, unfinished
 
 _EXPORTERS: dict[str, export.Exporter] = {
@@ -79,4 +80,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides=cli.overrides(args),
         licence=args.licence,
     )
-    print(f"wrote {path} and its model card {path.parent / export.CARD_FILE}")
+    print(f"wrote {path} and its model card {path.parent / CARD_FILE}")

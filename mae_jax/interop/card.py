@@ -1,9 +1,12 @@
 """Model cards: what a stranger needs to know about a folder of weights."""
 
+import pathlib
 from collections.abc import Mapping
 
 from mae_jax.models.spec import ModelSpec
+from mae_jax.storage.files import write_atomically
 
+CARD_FILE = "README.md"
 SHOWN_CLASSES = 20
 
 OWN_WEIGHTS_LICENCE = (
@@ -16,17 +19,19 @@ OFFICIAL_WEIGHTS_LICENCE = (
 )
 
 
-def model_card(
-    spec: ModelSpec, facts: Mapping[str, object], *, content: str, how_to_load: str
-) -> str:
-    """The text of a README.md.
+def write_card(
+    directory: pathlib.Path, spec: ModelSpec, facts: Mapping[str, object], form: str, load: str
+) -> None:
+    """Writes a README.md.
 
     Args:
       facts: what is known of the training, in the order to be shown, such as
         {"data": "imagenet2012", "steps": 250000}. `licence` replaces the general paragraph.
-      content: what the folder holds, one sentence.
-      how_to_load: Python lines.
+      form: in what form the folder holds the model, part of a sentence.
+      load: Python lines.
     """
+    kind = "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
+    kind = "Vision Transformer image classifier" if spec.classes else kind
     facts = dict(facts)
     licence = facts.pop("licence", f"{OWN_WEIGHTS_LICENCE} {OFFICIAL_WEIGHTS_LICENCE}")
     described = {
@@ -37,8 +42,9 @@ def model_card(
         f"of {spec.patch_size} pixels, LayerNorm eps 1e-6, exact GELU",
     }
     if spec.decoder_depth:
+        heads = spec.decoder_heads or "an unknown number of"
         described["decoder"] = (
-            f"{spec.decoder_depth} blocks of width {spec.decoder_width}, {spec.decoder_heads} heads"
+            f"{spec.decoder_depth} blocks of width {spec.decoder_width}, {heads} heads"
         )
     if spec.target:
         described["reconstruction target"] = spec.target
@@ -50,20 +56,19 @@ def model_card(
     if spec.class_names:
         more = ", ..." if len(spec.class_names) > SHOWN_CLASSES else ""
         described["classes"] = ", ".join(spec.class_names[:SHOWN_CLASSES]) + more
-    trained = {str(key): str(value) for key, value in facts.items()}
-    if not trained:
-        trained = {"not recorded": "the weights came from a file that does not say"}
-    return (
-        f"# {content.split(',')[0].rstrip('.')}\n\n{content}\n\n"
-        f"## Load\n\n```python\n{how_to_load.strip()}\n```\n\n"
+    trained = facts or {"not recorded": "the weights came from a file that does not say"}
+    text = (
+        f"# {kind}\n\n{kind}, {form}.\n\n"
+        f"## Load\n\n```python\n{load}\n```\n\n"
         f"## Model\n\n{_list(described)}\n"
         f"## Training\n\n{_list(trained)}\n"
         "Method: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.\n\n"
         f"## Licence\n\n{licence}\n"
     )
+    write_atomically(directory / CARD_FILE, text)
 
 
-def _list(items: Mapping[str, str]) -> str:
+def _list(items: Mapping[str, object]) -> str:
     return "".join(f"- {key}: {value}\n" for key, value in items.items())
 
 

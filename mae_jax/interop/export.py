@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mae_jax import UserError
-from mae_jax.interop.card import model_card
+from mae_jax.interop.card import write_card
 from mae_jax.interop.names import to_hugging_face
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
@@ -25,7 +25,6 @@ OFFICIAL_FILE = "mae.safetensors"
 HF_FILE = "model.safetensors"
 ORBAX_FOLDER = "params"
 DESCRIPTION_FILE = "description.json"
-CARD_FILE = "README.md"
 
 _PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as image-processor configs write it
 
@@ -40,7 +39,7 @@ def export_encoder(
 
     Args:
       params: host arrays; a decoder is left out.
-      facts: see `card.model_card`.
+      facts: see `card.write_card`.
 
     Returns:
       the path of the weights.
@@ -50,17 +49,11 @@ def export_encoder(
     tensors = to_official(params, spec, include_decoder=False)
     save_safetensors(path, tensors, spec.to_metadata())
     _write_json(directory / "config.json", timm_config(spec))
-    card = model_card(
-        spec,
-        facts,
-        content=f"{_kind(spec)}, under the tensor names of timm and of the official MAE code "
-        f"({path.name}).",
-        how_to_load=(
-            "import timm\n\n"
-            'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
-        ),
+    form = f"under the tensor names of timm and of the official MAE code ({path.name})"
+    load = (
+        'import timm\n\nmodel = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
     )
-    write_atomically(directory / CARD_FILE, card)
+    write_card(directory, spec, facts, form, load)
     return path
 
 
@@ -85,17 +78,10 @@ def export_official(
     else:
         model = f"models_vit of facebookresearch/mae, with global_pool={spec.pool == 'mean'}"
         model += f" and num_classes={spec.classes}"
-    card = model_card(
-        spec,
-        facts,
-        content=f"{_kind(spec)}, under the tensor names of the official MAE code ({path.name}).",
-        how_to_load=(
-            "from safetensors.torch import load_file\n\n"
-            f"# {model}\n"
-            f'model.load_state_dict(load_file("{path.name}"))'
-        ),
-    )
-    write_atomically(path.parent / CARD_FILE, card)
+    form = f"under the tensor names of the official MAE code ({path.name})"
+    load = f"from safetensors.torch import load_file\n\n# {model}\n"
+    load += f'model.load_state_dict(load_file("{path.name}"))'
+    write_card(path.parent, spec, facts, form, load)
     return path
 
 
@@ -127,17 +113,11 @@ def export_hugging_face(
         "image_std": spec.std,
     }
     _write_json(directory / "preprocessor_config.json", processor)
-    architecture = config["architectures"][0]
-    card = model_card(
-        spec,
-        facts,
-        content=f"{_kind(spec)}, for Hugging Face transformers 4 and 5 as {architecture}.",
-        how_to_load=(
-            f"from transformers import {architecture}\n\n"
-            f'model = {architecture}.from_pretrained("PATH_OF_THIS_FOLDER")'
-        ),
-    )
-    write_atomically(directory / CARD_FILE, card)
+    name = config["architectures"][0]
+    form = f"for Hugging Face transformers 4 and 5 as {name}"
+    load = f"from transformers import {name}\n\n"
+    load += f'model = {name}.from_pretrained("PATH_OF_THIS_FOLDER")'
+    write_card(directory, spec, facts, form, load)
     return path
 
 
@@ -146,20 +126,13 @@ def export_orbax(
 ) -> pathlib.Path:
     """Writes the Flax parameters as an Orbax checkpoint in `params/`, described by a JSON file."""
     directory = pathlib.Path(directory)
-    path = directory / ORBAX_FOLDER
-    save_params(path, params)
+    save_params(directory / ORBAX_FOLDER, params)
     write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
-    card = model_card(
-        spec,
-        facts,
-        content=f"{_kind(spec)}, as a tree of Flax parameters in an Orbax checkpoint.",
-        how_to_load=(
-            "import orbax.checkpoint as ocp\n\n"
-            'params = ocp.StandardCheckpointer().restore("ABSOLUTE_PATH_OF_THIS_FOLDER/params")'
-        ),
-    )
-    write_atomically(directory / CARD_FILE, card)
-    return path
+    form = "as a tree of Flax parameters in an Orbax checkpoint"
+    load = "import orbax.checkpoint as ocp\n\nparams = ocp.StandardCheckpointer().restore("
+    load += '"ABSOLUTE_PATH_OF_THIS_FOLDER/params")'
+    write_card(directory, spec, facts, form, load)
+    return directory / ORBAX_FOLDER
 
 
 Exporter = Callable[[Params, pathlib.Path, ModelSpec, Mapping[str, Any]], pathlib.Path]
@@ -207,6 +180,8 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
       UserError: there is none, and why.
     """
     _require_pixels(spec)
+    if spec.decoder_depth:
+        spec.mae()  # its heads and target are to be written down: they must be known
     if spec.summary == "mean":
         raise UserError(
             "a classifier on the mean patch token has no place in transformers: its "
@@ -254,13 +229,6 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
         }
     architecture = "ViTMAEForPreTraining" if spec.decoder_depth else "ViTMAEModel"
     return {"architectures": [architecture], "model_type": "vit_mae", **config}
-
-
-def _kind(spec: ModelSpec) -> str:
-    """What a model is, in words."""
-    if spec.classes:
-        return "Vision Transformer image classifier"
-    return "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
 
 
 def _require_pixels(spec: ModelSpec) -> None:

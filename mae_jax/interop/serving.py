@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax import UserError
-from mae_jax.interop.card import model_card
+from mae_jax.interop.card import write_card
 from mae_jax.interop.checkpoint import Checkpoint
-from mae_jax.interop.export import CARD_FILE, DESCRIPTION_FILE
+from mae_jax.interop.export import DESCRIPTION_FILE
 from mae_jax.models.inference import features_function
 from mae_jax.storage.files import write_atomically
 
@@ -102,25 +102,21 @@ def export_stablehlo(
     shape = f"[b, {spec.image_size[0]}, {spec.image_size[1]}, {spec.channels}]"
     outputs = exported.out_tree.unflatten(exported.out_avals)
     names = ", ".join(f'"{name}"' for name in outputs)
-    kind = "Image classifier" if spec.classes else "Image encoder"
     loader = _LOADER.format(
         shape=shape, names=names, file=FILE, library=LOADER_LIBRARY, description=DESCRIPTION_FILE
     )
     write_atomically(directory / LOADER_FILE, loader)
     write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
     write_atomically(directory / LOADER_LIBRARY, _reader_library())
-    card = model_card(
-        spec,
-        facts,
-        content=f"{kind} as a StableHLO function, {FILE}: uint8 images {shape} to {names}; "
-        f"weights and input normalisation are inside. Made with jax {jax.__version__}.",
-        how_to_load=(
-            "import serve  # serve.py of this folder; needs jax and numpy\n\n"
-            "features = serve.load()\n"
-            f'features(images)["{"logits" if spec.classes else "cls"}"]'
-        ),
+    form = (
+        f"as a StableHLO function ({FILE}): uint8 images {shape} to {names}; weights and input "
+        f"normalisation are inside. Made with jax {jax.__version__}"
     )
-    write_atomically(directory / CARD_FILE, card)
+    load = (
+        "import serve  # serve.py of this folder; needs jax and numpy\n\nfeatures = serve.load()\n"
+    )
+    load += f'features(images)["{"logits" if spec.classes else "cls"}"]'
+    write_card(directory, spec, facts, form, load)
     return path
 
 

@@ -4,7 +4,7 @@ Parameters hold the position table (`position_params`), so one function serves f
 trained ones, and those of another image size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import numpy as np
 
 from mae_jax import UserError
 from mae_jax.models.classifier import pool_tokens
-from mae_jax.models.masking import sample_masking
-from mae_jax.models.reconstruct import reconstruct
+from mae_jax.models.mae import MAE
+from mae_jax.models.masking import Masking, sample_masking
+from mae_jax.models.patches import unpatchify
 from mae_jax.models.spec import ModelSpec
 
 Params = dict[str, Any]
@@ -32,7 +33,7 @@ def classify_function(
     model = spec.classifier(dtype=dtype)
 
     def classify(params: Params, images: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, _normalize(images, spec))
+        return model.apply({"params": params}, _normalize(images, spec.mean, spec.std))
 
     return classify
 
@@ -62,7 +63,8 @@ def features_function(
     encoder = spec.encoder(depth=block, dtype=dtype, position_params=True)
 
     def features(params: Params, images: jax.Array) -> Features:
-        return _pooled(encoder.apply({"params": params["encoder"]}, _normalize(images, spec)))
+        x = _normalize(images, spec.mean, spec.std)
+        return _pooled(encoder.apply({"params": params["encoder"]}, x))
 
     return features
 
@@ -75,7 +77,7 @@ def _classifier_features(
     def features(params: Params, images: jax.Array) -> Features:
         logits, inside = model.apply(
             {"params": params},
-            _normalize(images, spec),
+            _normalize(images, spec.mean, spec.std),
             capture_intermediates=lambda module, _: module.name in ("encoder", "fc_norm"),
             mutable=["intermediates"],
         )
@@ -114,7 +116,40 @@ def reconstruct_function(
     return function
 
 
-def _normalize(images: jax.Array, spec: ModelSpec) -> jax.Array:
+def reconstruct(
+    model: MAE,
+    params: Any,
+    images: jax.Array,
+    masking: Masking,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, jax.Array]:
+    """Images [B, H, W, C] uint8 with their removed patches as the model predicts them.
+
+    Visible patches are those of the image: the loss never asks for a prediction there.
+
+    Args:
+      mean, std: channel statistics the model's input is normalised with, of pixels in [0, 1].
+
+    Returns:
+      "pixels" [B, H, W, C] uint8, "mask" [B, L] (1 = removed), "loss" [B] over the removed patches;
+      no "pixels" where the target has no way back to them.
+    """
+    x = _normalize(images, mean, std)
+    output = model.apply({"params": params}, x, masking)
+    result = {"mask": masking.mask, "loss": output.loss}
+    # [B, L, p*p*C]
+    predicted = model.target.to_pixels(output.predictions, x, params.get("target_state"))
+    if predicted is None:
+        return result
+    p, size = model.encoder.patch_size, images.shape[1:3]
+    predicted = unpatchify(predicted, p, size) * np.float32(std) + np.float32(mean)  # [B, H, W, C]
+    removed = jnp.repeat(masking.mask[:, :, None], p * p * images.shape[3], axis=2)
+    predicted = (255 * predicted).round().clip(0, 255).astype(jnp.uint8)
+    pixels = jnp.where(unpatchify(removed, p, size) > 0, predicted, images)
+    return {"pixels": pixels, **result}
+
+
+def _normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """uint8 [B, H, W, C] as float32 with the model's input statistics taken out."""
-    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    return (images.astype(jnp.float32) / 255.0 - np.float32(mean)) / np.float32(std)

@@ -30,7 +30,7 @@ def reconstruction_grid(
 
     Args:
       images: [B, H, W, C] uint8. Of other channel counts than 1 and 3 the first three are shown.
-      mask, loss, pixels: of `models.reconstruct.reconstruct`; without pixels two columns remain.
+      mask, loss, pixels: of `models.inference.reconstruct`; without pixels two columns remain.
       names: [B], shown with the loss of each image.
       title: shown above, with the mean loss.
       note: of the model's target, shown below the title.

@@ -18,8 +18,8 @@ from mae_jax.distributed.sharding import gather_params, shardings_of, state_shar
 from mae_jax.evaluators.online_probe import Probe
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
+from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import Masking, sample_masking
-from mae_jax.models.reconstruct import reconstruct
 from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
 from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, how_computed

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import runpy
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 from small_models import SMALL, assert_same_tree, classifier_params
 
-from mae_jax import UserError, evaluate, export
+from mae_jax import UserError, evaluate, export, main
 from mae_jax.config import default_config
+from mae_jax.data.folder import PictureFiles
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.class_names import require_same_classes
 from mae_jax.interop.export import export_encoder, export_hugging_face
@@ -149,6 +151,20 @@ def test_a_head_of_other_classes_is_not_taken_into_training(exported):
     loaded, report = load_into(fresh, exported / "timm", SPEC)
     assert_same_tree(loaded, classifier_params(SPEC))
     assert not report.notes
+
+
+def test_a_run_is_not_continued_on_other_classes():
+    """`data.dir` may change between a checkpoint and the run that continues from it."""
+    config = default_config()
+    record = {"config": config.to_dict(), "model": SPEC.to_json(), "data": {"examples": 4}}
+    for names in (NAMES, ("cat", "emu")):
+        source = PictureFiles("", ["a"] * 4, class_names=[*names])
+        data = types.SimpleNamespace(train=source, classes=2)
+        if names == NAMES:
+            main.check_fits(record, config, data)
+        else:
+            with pytest.raises(UserError, match=r"data\.dir: folder has other classes"):
+                main.check_fits(record, config, data)
 
 
 def test_names_must_be_as_many_as_classes():

@@ -11,9 +11,9 @@ import pytest
 from mae_jax import UserError, main
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_encoder, export_official, export_orbax
+from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import sample_masking
 from mae_jax.models.patches import patchify, unpatchify
-from mae_jax.models.reconstruct import reconstruct
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.targets import TARGETS
 from mae_jax.models.targets.base import Target

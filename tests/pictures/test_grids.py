@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import masking_from_scores
-from mae_jax.models.reconstruct import reconstruct
 from mae_jax.models.targets.pixels import NormPixel, Pixel
 from mae_jax.pictures import grids
 
