@@ -23,6 +23,7 @@ from mae_jax.models.classifier import POOLS
 from mae_jax.models.masking import SAMPLERS, num_kept
 from mae_jax.models.targets import TARGETS
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
+from mae_jax.train.optimizers import OPTIMIZERS, hyperparameters
 
 TASKS = ("pretrain", "finetune", "scratch", "linear_probe")
 MAE = ("pretrain",)
@@ -31,7 +32,7 @@ CLASSIFY = ("finetune", "scratch")
 PROBE = ("linear_probe",)
 LABELS = (*CLASSIFY, *PROBE)
 STARTS = (*MAE, *TUNE, *PROBE)  # from weights
-ADAMW = (*MAE, *CLASSIFY)
+WHOLE = (*MAE, *CLASSIFY)  # models, not a head alone
 DTYPES = ("float32", "bfloat16")
 ANY = ()
 
@@ -133,22 +134,22 @@ FIELDS = {
     "data.workers": Free(0, "[0, inf)", "processes that decode; 0: threads of this one do"),
     "data.threads": Free(0, "[0, inf)", "that decode, per process; 0: one per core"),
     "data.prefetch": Free(4, "[1, inf)", "batches made ahead"),
-    "optim.name": Field("", ("", "adamw", "lars"), "empty: lars for linear probing, else adamw"),
-    "optim.reduce_dtype": Field("float32", DTYPES, "of gradients summed over devices", ADAMW),
+    "optim.name": Field("", ("", *OPTIMIZERS), "empty: lars for linear probing, else adamw"),
+    "optim.reduce_dtype": Field("float32", DTYPES, "of gradients summed over devices", WHOLE),
     "optim.base_lr": Field(1.5e-4, "(0, inf)", "learning rate = base_lr * batch_size / 256"),
     "optim.min_lr": Field(0.0, "[0, inf)", "learning rate at the end"),
     "optim.warmup_epochs": Field(40.0, "[0, inf)", "in which the learning rate rises from 0"),
     "optim.warmup_steps": Field(0, "[0, inf)", "more than 0: in place of warmup_epochs"),
-    "optim.b1": Field(0.9, "[0, 1)", "AdamW: decay of the gradients' mean", ADAMW),
-    "optim.b2": Field(0.95, "[0, 1)", "AdamW: decay of the mean of their squares", ADAMW),
-    "optim.eps": Field(1e-8, "[0, inf)", "AdamW: added to the root of that mean", ADAMW),
+    "optim.b1": Field(0.9, "[0, 1)", "AdamW: decay of the gradients' mean"),
+    "optim.b2": Field(0.95, "[0, 1)", "AdamW: decay of the mean of their squares"),
+    "optim.eps": Field(1e-8, "[0, inf)", "AdamW: added to the root of that mean"),
     "optim.layer_decay": Field(1.0, "(0, 1]", "of the rate, block by block downwards", CLASSIFY),
-    "optim.momentum": Field(0.9, "[0, 1)", "of LARS", PROBE),
-    "optim.trust": Field(0.001, "(0, inf)", "coefficient of LARS", PROBE),
+    "optim.momentum": Field(0.9, "[0, 1)", "of LARS"),
+    "optim.trust": Field(0.001, "(0, inf)", "coefficient of LARS"),
     "optim.weight_decay": Field(0.05, "[0, inf)", "of matrices; vectors have none"),
-    "optim.clip_norm": Field(0.0, "[0, inf)", "largest norm of the gradient; 0: any", ADAMW),
+    "optim.clip_norm": Field(0.0, "[0, inf)", "largest norm of the gradient; 0: any"),
     "optim.accumulate": Free(1, "[1, inf)", "gradient accumulation: parts the batch is run in"),
-    "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", ADAMW),
+    "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", WHOLE),
     "mesh.data": Free(-1, "-1 or [1, inf)", "ways to split the batch; -1: what fsdp leaves"),
     "mesh.fsdp": Free(1, "-1 or [1, inf)", "ways to split batch and state; -1: all devices"),
     "checkpoint.every": Free(1000, "[1, inf)", "steps"),
@@ -327,6 +328,11 @@ def _recipe_warmup(config: ConfigDict, examples: int) -> int:
     return config.optim.warmup_steps or round(epochs * steps_per_epoch(config, examples))
 
 
+def optimizer(config: ConfigDict) -> str:
+    """`optim.name`, or the optimizer of the paper's recipe for the task."""
+    return config.optim.name or ("lars" if config.task in PROBE else "adamw")
+
+
 def norm_group(config: ConfigDict) -> int:
     """`head.norm_group`, or the largest number below it that divides the batch; all of it for 0."""
     return _largest_divisor(config.batch_size, config.head.norm_group or config.batch_size, 1)
@@ -415,6 +421,15 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             f"init_from is empty, and task {task} starts from an encoder: give a workdir or a file "
             f"of weights, or `random` for an untrained encoder as a control{recipe}"
         )
+    own = {name: hyperparameters(name) for name in OPTIMIZERS}
+    chosen = optimizer(config)
+    for name in sorted({*sum(own.values(), [])} - {*own[chosen]}):
+        value, default = config.optim[name], FIELDS[f"optim.{name}"].default
+        if value != default:
+            yield (
+                f"optim.{name} = {value!r}: the optimizer {chosen} has no use for this field; "
+                f"leave it at {default!r}"
+            )
     if task in MAE and config.init_from == "random":
         yield "init_from = 'random' is for fine-tuning and probing; leave it empty to pretrain"
     model, shape = config.model, VARIANTS[config.model.variant]

@@ -41,7 +41,6 @@ from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.storage.files import complete_or_absent_folder, write_atomically
 from mae_jax.storage.processes import in_every_process, in_process_0, sole_run, tell_all
 from mae_jax.tasks import create_task
-from mae_jax.tasks.base import Task
 from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
@@ -49,6 +48,7 @@ from mae_jax.train.progress import with_clock
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
 from mae_jax.train.step import compile_step
+from mae_jax.train.task import Task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -201,7 +201,7 @@ def train_and_evaluate(
 def finish(setup: Setup, state: TrainState) -> None:
     """Writes the model of the last step and, of a classifier, its results."""
     config, data, steps = setup.config, setup.data, setup.task.total_steps
-    state = mesh_lib.to_host(state.replace(opt_state=None), setup.mesh)
+    state = mesh_lib.to_host(state.replace(opt_state=None))
     facts = {
         "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
         "steps": steps,
@@ -237,7 +237,7 @@ def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mes
     Raises:
       ValueError: weights that cannot be read, or would do silent harm.
     """
-    fresh = mesh_lib.to_host(state.weights, mesh)
+    fresh = mesh_lib.to_host(state.weights)
     load = functools.partial(load_into, fresh, source, task.spec, parts=parts)
     weights, report = in_every_process(load)
     logging.info("%s", report)

@@ -141,9 +141,7 @@ def test_the_mmselfsup_setting():
         ("pretrain", "augment.mixup", 0.8),
         ("pretrain", "optim.layer_decay", 0.75),
         ("finetune", "mask.ratio", 0.5),
-        ("finetune", "optim.trust", 0.1),
         ("scratch", "trainable_blocks", 2.0),
-        ("linear_probe", "optim.b2", 0.9),
         ("linear_probe", "augment.erasing", 0.25),
     ],
 )
@@ -153,6 +151,25 @@ def test_a_field_that_a_task_would_ignore_is_refused(task, field, value):
     config.init_from = "random" if task in ("finetune", "linear_probe") else ""
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=f"{field} = .*task {task} has no use for this field"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "field", "value"),
+    [
+        ("pretrain", "", "optim.trust", 0.1),
+        ("pretrain", "lars", "optim.b1", 0.8),
+        ("linear_probe", "", "optim.b2", 0.9),
+        ("linear_probe", "adamw", "optim.momentum", 0.8),
+    ],
+)
+def test_a_field_that_the_optimizer_would_ignore_is_refused(task, name, field, value):
+    config = default_config()
+    config.task, config.optim.name = task, name
+    config.init_from = "random" if task == "linear_probe" else ""
+    validate(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"{field} = .*the optimizer .* has no use for this field"):
         validate(config)
 
 

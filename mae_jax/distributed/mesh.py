@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -104,6 +105,15 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
-def to_host(tree: Any, mesh: Mesh) -> Any:
-    """Global arrays, however they are laid out, as numpy arrays in every process."""
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
+def to_host(tree: Any) -> Any:
+    """Global arrays, however they are laid out, as numpy arrays in every process.
+
+    No device holds more than one whole array at a time for it, and none where a process sees all.
+    """
+
+    def one(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)  # put together on the host
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

@@ -14,7 +14,8 @@ from mae_jax.storage.checkpoints import read_newest
 from mae_jax.storage.files import read_json_lines
 
 # What is read of a training state (`train.state.TrainState`): all but the optimizer.
-_PARTS = ("step", "params", "ema", "frozen", "statistics")
+# Version 0.1 had the statistics of batch norm beside them.
+_PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
 def read_workdir(
@@ -33,8 +34,9 @@ def read_workdir(
     averaged = state["ema"] is not None
     params = state["ema"] if averaged else state["params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
-    if state["statistics"] is not None:
-        params = jax.tree.map(np.asarray, probe_params(params, state["statistics"]))
+    statistics = state["statistics"] or (state["extra"] or {}).get("statistics")
+    if statistics:
+        params = jax.tree.map(np.asarray, probe_params(params, statistics))
     facts = {
         "task": config.get("task", "pretrain"),
         "data": config["data"]["name"],

@@ -28,7 +28,7 @@ from mae_jax.storage.processes import first_line, in_every_process, in_process_0
 # finds no checkpoint begin at step 0.
 _NONE_YET = "no-checkpoint-yet"
 # The order of a state's parts in fingerprints that are lists (those of version 0.1).
-_LISTED = ("step", "params", "opt_state", "ema", "frozen", "statistics")
+_LISTED = ("step", "params", "opt_state", "ema", "frozen", "extra")
 
 
 @jax.jit
@@ -386,7 +386,8 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 
 def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return f"extra/{name}" if name.startswith("statistics/") else name  # their place in 0.1
 
 
 def _map_names(function: Callable[[str], Any], tree: Any) -> Any:

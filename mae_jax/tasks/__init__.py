@@ -1,4 +1,4 @@
-"""What can be trained: one file a task, each a subclass of `base.Task`."""
+"""What can be trained: one file a task, each a `train.task.Task`."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
-from mae_jax.tasks.base import Task
 from mae_jax.tasks.finetune import Finetune
 from mae_jax.tasks.linear_probe import LinearProbe
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.train.task import Task
 
 _CLASSES = {
     "pretrain": Pretrain,

@@ -1,4 +1,4 @@
-"""What all tasks share, and what the trainer asks of one."""
+"""What all tasks share."""
 
 import pathlib
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,8 +17,8 @@ from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import ViT, sincos_position_table
 from mae_jax.train import optimizers
-from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.state import Metrics, TrainState
+from mae_jax.train.gradients import LossFn, gradients
+from mae_jax.train.state import Metrics, TrainState, apply_gradients
 
 # Purposes of random keys, so that they never collide.
 TRAIN, EVAL, INIT, MIX = 0, 1, 2, 3
@@ -33,10 +34,9 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-class Task:
-    """Pure functions of (state, batch) and what surrounds them.
-
-    A task adds `init`, `train_step`, `eval_step`, `train_flops_per_image` and `export`.
+class BaseTask:
+    """Most of a `train.task.Task` on a ViT; a task adds `init`, the two steps, `actions`, `export`
+    and `train_flops_per_image`.
 
     Args:
       config: a validated config.
@@ -46,7 +46,8 @@ class Task:
       mesh: where steps run.
     """
 
-    metric_names: tuple[str, ...] = ("loss", "grad_norm", "lr")
+    metric_names = ("loss", "grad_norm", "lr")
+    decays = staticmethod(optimizers.decays)  # which parameters have weight decay
 
     def __init__(
         self, config: ConfigDict, examples: int, spec: ModelSpec, encoder: ViT, mesh: Mesh
@@ -68,26 +69,26 @@ class Task:
             total_steps=self.total_steps,
             min_lr=config.optim.min_lr,
         )
+        name = config_lib.optimizer(config)
+        self.optimizer = optimizers.create(name, self.schedule, config.optim, mask=self.decays)
+        self.reduce_dtype = jnp.dtype(config.optim.reduce_dtype)
         self._seed = config.seed
 
-    # What a step does.
-
-    def init(self) -> TrainState:
-        """The state at step 0, a function of the seed alone."""
-        raise NotImplementedError
-
-    def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        """One update on `batch`, the fields `batch_schema` names; metrics are means."""
-        raise NotImplementedError
-
-    def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
-        """Sums over batch number `index`, each example times its "weight" [B], with their count."""
-        raise NotImplementedError
-
-    @property
-    def train_flops_per_image(self) -> int:
-        """Matrix-multiply FLOPs of one training step per image."""
-        raise NotImplementedError
+    def update(
+        self, state: TrainState, loss_fn: LossFn, examples: dict, parts: int
+    ) -> tuple[TrainState, Metrics]:
+        """One step down the gradients of `loss_fn`; see `gradients`."""
+        grads, metrics = gradients(
+            loss_fn,
+            state,
+            examples,
+            mesh=self.mesh,
+            parts=parts,
+            compute_dtype=self.encoder.dtype,
+            reduce_dtype=self.reduce_dtype,
+        )
+        metrics |= {"grad_norm": optax.tree.norm(grads), "lr": self.schedule(state.step)}
+        return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
 
     @property
     def batch_schema(self) -> dict[str, ArraySpec]:
@@ -102,8 +103,6 @@ class Task:
         """(H, W, C) of the images a step takes."""
         return (*self.encoder.image_size, self.encoder.channels)
 
-    # What surrounds the steps.
-
     @property
     def fixed_positions(self) -> dict[str, np.ndarray]:
         """Position tables by their name in the state: those that runs of version 0.1 had unsaid."""
@@ -115,29 +114,15 @@ class Task:
         }
 
     def prepare(self, state: TrainState, data: Splits) -> TrainState:
-        """The state at step 0 with what it needs from the data; once a run."""
-        del data
+        """The state as it is."""
         return state
 
     def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
-        """Where batches come from: `data`, unless the task makes something of it first."""
-        del state, workdir
+        """The data as they are."""
         return data
 
     def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
-        """Pictures of what training starts with, where there is something to see; once a run."""
-
-    def actions(
-        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
-    ) -> list:
-        """What to do at intervals beside evaluating and saving."""
-        raise NotImplementedError
-
-    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
-        """Writes the trained model of a host-side `state` for others to load."""
-        raise NotImplementedError
-
-    # Randomness.
+        """Nothing to see."""
 
     def key(self, purpose: int) -> jax.Array:
         """The run's random key for one purpose."""

@@ -20,29 +20,21 @@ from mae_jax.augment.mixing import mix, random_erasing, soft_targets
 from mae_jax.augment.pixels import example_keys, normalize, random_flip
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
-from mae_jax.distributed.sharding import gather_params, state_sharding
+from mae_jax.distributed.sharding import gather_params
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.classifier import classification_sums
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import drop_path_scale
 from mae_jax.pictures.in_training import draw_augmentations, draw_predictions
-from mae_jax.tasks.base import INIT, MIX, TRAIN, Task, how_computed
+from mae_jax.tasks.base import INIT, MIX, TRAIN, BaseTask, how_computed
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.state import (
-    Metrics,
-    TrainState,
-    apply_gradients,
-    create_state,
-    gradients,
-    merge,
-    split,
-)
+from mae_jax.train.state import Metrics, TrainState, create_state, split
 
 
-class Finetune(Task):
+class Finetune(BaseTask):
     """Classification as pure functions of (state, batch).
 
     Args:
@@ -51,6 +43,8 @@ class Finetune(Task):
       classes, class_names: of the data set.
       mesh: where steps run.
     """
+
+    decays = staticmethod(optimizers.decays_in_fine_tuning)
 
     def __init__(
         self,
@@ -72,18 +66,8 @@ class Finetune(Task):
         self.drop_path = config.model.drop_path
         self.augment = config.augment.copy_and_resolve_references()
         self.mix_group = config_lib.mix_group(config)
-        self.optimizer = optax.chain(
-            optimizers.adamw(
-                self.schedule,
-                b1=config.optim.b1,
-                b2=config.optim.b2,
-                eps=config.optim.eps,
-                weight_decay=config.optim.weight_decay,
-                clip_norm=config.optim.clip_norm,
-                mask=optimizers.decays_in_fine_tuning,
-            ),
-            optimizers.scale_by_layer(depth, config.optim.layer_decay),
-        )
+        layer_decay = optimizers.scale_by_layer(depth, config.optim.layer_decay)
+        self.optimizer = optax.chain(self.optimizer, layer_decay)
 
     @property
     def train_flops_per_image(self) -> int:
@@ -152,23 +136,18 @@ class Finetune(Task):
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         """One update on batch["image"] [B, H, W, C] uint8 and batch["label"] [B] int32."""
         images, targets, keys = self.augmented(batch, state.step)
-        frozen = gather_params(state.frozen, self.mesh, self.encoder.dtype)
 
-        def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
-            params = gather_params(params, self.mesh, self.encoder.dtype)
+        def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
+            del extra
             path_scale = None
             if self.drop_path:
                 path_scale = drop_path_scale(examples["key"], self.encoder.depth, self.drop_path)
-            variables = {"params": merge(params, frozen)}
+            variables = {"params": weights}
             logits = self.model.apply(variables, examples["image"], path_scale)  # [B, classes]
             return optax.softmax_cross_entropy(logits, examples["target"]).mean(), {}
 
         examples = {"image": images, "target": targets, "key": keys}
-        grads, metrics = gradients(loss_fn, state.params, examples, self.accumulate)
-        grads = jax.lax.with_sharding_constraint(grads, state_sharding(grads, self.mesh))
-        metrics["grad_norm"] = optimizers.global_norm(grads)
-        metrics["lr"] = self.schedule(state.step)
-        return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
+        return self.update(state, loss_fn, examples, self.accumulate)
 
     def logits(self, state: TrainState, images: jax.Array) -> jax.Array:
         """Logits [B, classes] float32 of images [B, H, W, C] uint8."""

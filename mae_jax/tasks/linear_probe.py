@@ -4,7 +4,7 @@ Paper appendix A.1 and table 10.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,23 +31,15 @@ from mae_jax.models.classifier import (
     probe_params,
 )
 from mae_jax.models.spec import ModelSpec
-from mae_jax.tasks.base import INIT, TRAIN, Task, how_computed
-from mae_jax.train import optimizers
+from mae_jax.tasks.base import INIT, TRAIN, BaseTask, how_computed
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.state import (
-    Metrics,
-    TrainState,
-    apply_gradients,
-    create_state,
-    gradients,
-    in_parts,
-)
+from mae_jax.train.state import Metrics, TrainState, create_state
 
 BATCH_NORM_MOMENTUM = 0.1  # as PyTorch counts it: the share of the new statistics
 
 
-class LinearProbe(Task):
+class LinearProbe(BaseTask):
     """Batch norm without affine and a linear layer on frozen features.
 
     Where nothing random is asked of the pixels (`data.crop` centre, `data.flip` off), the features
@@ -77,12 +69,6 @@ class LinearProbe(Task):
         self.init_std = config.head.init_std
         self.norm_group = config_lib.norm_group(config)
         self.cached = config.data.crop == "centre" and not config.data.flip
-        self.optimizer = optimizers.lars(
-            self.schedule,
-            momentum=config.optim.momentum,
-            trust=config.optim.trust,
-            weight_decay=config.optim.weight_decay,
-        )
 
     @property
     def batch_schema(self) -> dict[str, ArraySpec]:
@@ -115,7 +101,7 @@ class LinearProbe(Task):
             self.optimizer,
             keep_ema=False,
             frozen={"encoder": self.encoder.init(encoder_key, images)["params"]},
-            statistics={"mean": jnp.zeros(width), "var": jnp.ones(width)},
+            extra={"statistics": {"mean": jnp.zeros(width), "var": jnp.ones(width)}},
         )
 
     def features(self, frozen: Any, images: jax.Array) -> jax.Array:
@@ -136,19 +122,17 @@ class LinearProbe(Task):
             keys = example_keys(self.key(TRAIN), state.step, self.positions(images.shape[0]))
             images = random_flip(images, keys) if self.flip else images
             x = in_parts(lambda part: self.features(state.frozen, part), images, self.accumulate)
-        x, statistics = self.normalise_groups(x, state.statistics)
+        x, statistics = self.normalise_groups(x, state.extra["statistics"])
 
-        def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
-            logits = linear_head(params["head"], examples["x"])
+        def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
+            del extra  # normalised already, over more examples than one device has
+            logits = linear_head(weights["head"], examples["x"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
             return losses.mean(), {}
 
         examples = {"x": x, "label": batch["label"]}
-        grads, metrics = gradients(loss_fn, state.params, examples, parts=1)
-        metrics["grad_norm"] = optimizers.global_norm(grads)
-        metrics["lr"] = self.schedule(state.step)
-        state = apply_gradients(state, grads, self.optimizer, self.ema_decay)
-        return state.replace(statistics=statistics), metrics
+        state, metrics = self.update(state, loss_fn, examples, parts=1)
+        return state.replace(extra={"statistics": statistics}), metrics
 
     def normalise_groups(self, x: jax.Array, running: dict) -> tuple[jax.Array, dict]:
         """Batch norm in training, over groups of neighbours in the global batch.
@@ -176,7 +160,7 @@ class LinearProbe(Task):
         """Summed loss, top-1 and top-5 hits, and count."""
         del index  # nothing is random
         x = batch["feature"] if self.cached else self.features(state.frozen, batch["image"])
-        head = absorb_batch_norm(state.params["head"], state.statistics)
+        head = absorb_batch_norm(state.params["head"], state.extra["statistics"])
         logits = linear_head(head, x)
         return classification_sums(logits, batch["label"], batch["weight"])
 
@@ -197,5 +181,16 @@ class LinearProbe(Task):
 
         Batch norm is absorbed into the head.
         """
-        weights = jax.tree.map(np.asarray, probe_params(state.weights, state.statistics))
+        weights = jax.tree.map(np.asarray, probe_params(state.weights, state.extra["statistics"]))
         export_encoder(weights, directory, self.spec, facts)
+
+
+def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, parts: int) -> jax.Array:
+    """`function(x)` for a function of rows [B, ...] -> [B, ...], computed in so many parts.
+
+    Every part takes rows a, a + parts, a + 2 * parts, ... so that a batch split over devices
+    stays where it is.
+    """
+    rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+    y = jax.lax.map(function, jnp.swapaxes(rows, 0, 1))  # [parts, B / parts, ...]
+    return jnp.swapaxes(y, 0, 1).reshape(x.shape[0], *y.shape[2:])

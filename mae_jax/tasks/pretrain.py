@@ -14,7 +14,7 @@ from mae_jax.augment.pixels import example_keys, normalize, random_flip
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import place
-from mae_jax.distributed.sharding import gather_params, shardings_of, state_sharding
+from mae_jax.distributed.sharding import gather_params, shardings_of
 from mae_jax.evaluators.online_probe import Probe
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
@@ -22,22 +22,13 @@ from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import Masking, sample_masking
 from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
-from mae_jax.tasks.base import EVAL, INIT, TRAIN, Task, how_computed
-from mae_jax.train import optimizers
+from mae_jax.tasks.base import EVAL, INIT, TRAIN, BaseTask, how_computed
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
-from mae_jax.train.state import (
-    Metrics,
-    TrainState,
-    apply_gradients,
-    create_state,
-    gradients,
-    merge,
-    split,
-)
+from mae_jax.train.state import Metrics, TrainState, create_state, split
 
 
-class Pretrain(Task):
+class Pretrain(BaseTask):
     """Masked autoencoding as pure functions of (state, batch).
 
     Args:
@@ -62,14 +53,6 @@ class Pretrain(Task):
         super().__init__(config, examples, spec, self.model.encoder, mesh)
         self.mask_kind = config.mask.kind
         self.mask_ratio = config.mask.ratio
-        self.optimizer = optimizers.adamw(
-            self.schedule,
-            b1=config.optim.b1,
-            b2=config.optim.b2,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            clip_norm=config.optim.clip_norm,
-        )
 
     @property
     def batch_schema(self) -> dict[str, ArraySpec]:
@@ -114,20 +97,16 @@ class Pretrain(Task):
         flip_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # [B] each
         examples = {"image": images, "flip_key": flip_keys, "mask_key": mask_keys}
 
-        def loss_fn(params: Any, examples: dict) -> tuple[jax.Array, Metrics]:
-            params = gather_params(merge(params, state.frozen), self.mesh, self.encoder.dtype)
+        def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
+            del extra
             x = examples["image"]
             if self.flip:
                 x = random_flip(x, examples["flip_key"])
             x = normalize(x, self.mean, self.std)  # [B, H, W, C]
-            output = self.model.apply({"params": params}, x, self.masks(examples["mask_key"]))
+            output = self.model.apply({"params": weights}, x, self.masks(examples["mask_key"]))
             return output.loss.mean(), {}
 
-        grads, metrics = gradients(loss_fn, state.params, examples, self.accumulate)
-        grads = jax.lax.with_sharding_constraint(grads, state_sharding(grads, self.mesh))
-        metrics["grad_norm"] = optimizers.global_norm(grads)
-        metrics["lr"] = self.schedule(state.step)
-        return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
+        return self.update(state, loss_fn, examples, self.accumulate)
 
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
         """Summed loss and count of batch number `index`; masks are the same in every evaluation.

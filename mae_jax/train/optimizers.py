@@ -1,7 +1,9 @@
-"""Learning-rate schedule and optimizers (paper tables 8 to 11, mae.md 2)."""
+"""Learning-rate schedule and optimizers (paper tables 8 to 11)."""
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,6 @@ def warmup_cosine(
     )
 
 
-def global_norm(grads: optax.Updates) -> jax.Array:
-    """The L2 norm of all gradients together."""
-    return optax.tree.norm(grads)
-
-
 def decays(params: optax.Params) -> optax.Params:
     """True for matrices, False for 1-D tensors and biases.
 
@@ -48,7 +45,7 @@ def decays(params: optax.Params) -> optax.Params:
 
 
 def decays_in_fine_tuning(params: optax.Params) -> optax.Params:
-    """As `decays`, but positions and class token are exempt too (mae.md 2.3)."""
+    """As `decays`, but positions and class token are exempt too (as in BEiT's recipe)."""
 
     def decide(path: tuple, p: jax.Array) -> bool:
         return p.ndim > 1 and not re.search("pos_embed|cls_token", jax.tree_util.keystr(path))
@@ -58,26 +55,73 @@ def decays_in_fine_tuning(params: optax.Params) -> optax.Params:
 
 def adamw(
     schedule: optax.Schedule,
+    mask: Mask = decays,
     *,
     b1: float,
     b2: float,
     eps: float,
     weight_decay: float,
-    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW with decoupled decay where `mask` says so."""
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+def lars(
+    schedule: optax.Schedule,
+    mask: Mask = decays,
+    *,
+    momentum: float,
+    trust: float,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """LARS as linear probing uses it (paper table 10).
+
+    Order: decay, trust ratio, momentum, learning rate. `optax.lars` multiplies by the learning
+    rate before the momentum, which is another optimizer while the rate moves. Where `mask` says
+    no there is neither decay nor trust ratio. The ratio is 1 where a norm is 0.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
+        optax.trace(decay=momentum),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+# By name; what follows the mask are the fields of `optim` that an optimizer uses.
+OPTIMIZERS = {"adamw": adamw, "lars": lars}
+
+
+def hyperparameters(name: str) -> list[str]:
+    """The fields of `optim` that are the optimizer's own."""
+    return inspect.getfullargspec(OPTIMIZERS[name]).kwonlyargs
+
+
+def create(
+    name: str,
+    schedule: optax.Schedule,
+    fields: Mapping[str, Any],
+    *,
     mask: Mask = decays,
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled decay where `mask` says so; `clip_norm` 0 clips nothing."""
-    optimizer = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
-    if clip_norm:
-        return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
-    return optimizer
+    """The optimizer of that name, after clipping by the global norm where that is asked for.
+
+    Args:
+      fields: `clip_norm` (0 clips nothing) and the optimizer's `hyperparameters` among others.
+      mask: which parameters are decayed.
+    """
+    own = {field: fields[field] for field in hyperparameters(name)}
+    optimizer = OPTIMIZERS[name](schedule, mask, **own)
+    if not fields["clip_norm"]:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(fields["clip_norm"]), optimizer)
 
 
 def layer_scales(params: optax.Params, depth: int, decay: float) -> optax.Params:
     """What layer-wise decay multiplies the learning rate of each parameter of a classifier with.
 
     `decay ** (depth + 1 - id)`: id 0 for class token, positions and patch embedding, i + 1 for
-    block i, depth + 1 (scale 1) for what follows the blocks (mae.md 2.3).
+    block i, depth + 1 (scale 1) for what follows the blocks.
     """
 
     def scale(path: tuple, _: jax.Array) -> float:
@@ -101,20 +145,3 @@ def scale_by_layer(depth: int, decay: float) -> optax.GradientTransformation:
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, depth, decay))
 
     return optax.stateless(update)
-
-
-def lars(
-    schedule: optax.Schedule, *, momentum: float, trust: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """LARS as linear probing uses it (paper table 10, mae.md 2.6).
-
-    Order: decay, trust ratio, momentum, learning rate. `optax.lars` multiplies by the learning
-    rate before the momentum, which is another optimizer while the rate moves. Biases get neither
-    decay nor trust ratio. The ratio is 1 where a norm is 0.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, decays),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), decays),
-        optax.trace(decay=momentum),
-        optax.scale_by_learning_rate(schedule),
-    )

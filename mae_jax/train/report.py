@@ -1,12 +1,11 @@
 """What people and dashboards see of a run: rates and losses."""
 
-from typing import Any
-
 from jax.sharding import Mesh
 
 from mae_jax.data import pipeline
 from mae_jax.train.loop import Interval
 from mae_jax.train.metrics import MetricsWriter
+from mae_jax.train.task import Task
 from mae_jax.train.throughput import peak_flops
 
 
@@ -15,7 +14,7 @@ class Reporter:
 
     def __init__(
         self,
-        task: Any,
+        task: Task,
         mesh: Mesh,
         writer: MetricsWriter,
         examples: int,

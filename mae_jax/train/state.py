@@ -10,7 +10,6 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]
 
 
 @flax.struct.dataclass
@@ -22,7 +21,8 @@ class TrainState:
       params: what is trained.
       ema: moving average of `params`, or None.
       frozen: parameters that no update changes, or None; no optimizer state is kept for them.
-      statistics: running statistics of batch norm, or None.
+      extra: further trees by name, such as running statistics of batch norm ("statistics"); laid
+        out, saved and handed to the loss with the rest.
     """
 
     step: jax.Array
@@ -30,7 +30,7 @@ class TrainState:
     opt_state: Any
     ema: Any
     frozen: Any = None
-    statistics: Any = None
+    extra: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     @property
     def best_params(self) -> Any:
@@ -79,7 +79,7 @@ def create_state(
     keep_ema: bool,
     *,
     frozen: Any = None,
-    statistics: Any = None,
+    extra: dict[str, Any] | None = None,
 ) -> TrainState:
     """A state at step 0."""
     return TrainState(
@@ -88,50 +88,8 @@ def create_state(
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if keep_ema else None,
         frozen=frozen,
-        statistics=statistics,
+        extra=extra or {},
     )
-
-
-def gradients(loss_fn: LossFn, params: Any, batch: Any, parts: int) -> tuple[Any, Metrics]:
-    """Mean gradients and metrics of `loss_fn(params, batch)` over `parts` micro-batches.
-
-    Args:
-      loss_fn: gives the mean loss of its examples and a dict of further means.
-      batch: arrays [B, ...]; B divisible by `parts`.
-
-    Every part takes rows a, a + parts, a + 2 * parts, ... so that a batch split over devices
-    stays where it is.
-    """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if parts == 1:
-        (loss, metrics), grads = grad_fn(params, batch)
-        return grads, {"loss": loss, **metrics}
-
-    def add_part(total: Any, part: Any) -> tuple[Any, None]:
-        (loss, metrics), grads = grad_fn(params, part)
-        return jax.tree.map(jnp.add, total, (grads, {"loss": loss, **metrics})), None
-
-    micro_batches = _divide(batch, parts)
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    (loss, metrics), grads = jax.eval_shape(grad_fn, params, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, {"loss": loss, **metrics}))
-    total, _ = jax.lax.scan(add_part, zeros, micro_batches)
-    return jax.tree.map(lambda x: x / parts, total)
-
-
-def _divide(batch: Any, parts: int) -> Any:
-    """Arrays [B, ...] as [parts, B / parts, ...]; part a holds rows a, a + parts, ..."""
-    return jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
-    )
-
-
-def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, parts: int) -> jax.Array:
-    """`function(x)` for a function of rows [B, ...] -> [B, ...], computed in so many parts."""
-    if parts == 1:
-        return function(x)
-    y = jax.lax.map(function, _divide(x, parts))  # [parts, B / parts, ...]
-    return jnp.swapaxes(y, 0, 1).reshape(x.shape[0], *y.shape[2:])
 
 
 def apply_gradients(

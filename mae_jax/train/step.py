@@ -11,9 +11,10 @@ from mae_jax.distributed.sharding import shardings_of
 from mae_jax.train.loop import add_totals, zero_totals
 from mae_jax.train.progress import with_clock
 from mae_jax.train.state import TrainState
+from mae_jax.train.task import Task
 
 
-def compile_step(task: Any, abstract: Any) -> Any:
+def compile_step(task: Task, abstract: Any) -> Any:
     """The compiled training step (state, totals, batch) -> (state, totals).
 
     Args:
@@ -31,7 +32,7 @@ def compile_step(task: Any, abstract: Any) -> Any:
     return compiled
 
 
-def lower_step(task: Any, abstract: Any) -> Any:
+def lower_step(task: Task, abstract: Any) -> Any:
     """The training step, traced for the task's mesh but not compiled."""
 
     def step(state: TrainState, totals: Any, batch: dict) -> tuple[TrainState, Any]:

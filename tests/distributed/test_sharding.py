@@ -45,13 +45,19 @@ def test_optimizer_state_lies_as_its_parameters_do(tiny_config):
     )
 
 
-def test_gathered_parameters_are_whole_and_in_the_compute_type():
+def test_gathered_parameters_are_whole_and_what_layers_cast_is_in_the_compute_type():
     mesh = mesh_lib.make_mesh(1, 8)
     kernel = jnp.arange(128.0).reshape(8, 16)
-    tree = {"kernel": kernel, "bias": jnp.zeros(16)}
+    tree = {
+        "blocks": {"0": {"mlp": {"kernel": kernel, "bias": jnp.zeros(16)}}},
+        "pos_embed": jnp.zeros((1, 8, 16)),
+        "head": {"kernel": kernel},
+    }
     split = jax.device_put(tree, state_sharding(tree, mesh))
     gathered = jax.jit(lambda t: gather_params(t, mesh, jnp.bfloat16))(split)
-    assert gathered["kernel"].is_fully_replicated
-    assert gathered["kernel"].dtype == jnp.bfloat16
-    assert gathered["bias"].dtype == jnp.float32
-    np.testing.assert_array_equal(gathered["kernel"].astype(jnp.float32), kernel)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(gathered))
+    layer = gathered["blocks"]["0"]["mlp"]
+    assert layer["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(layer["kernel"].astype(jnp.float32), kernel)
+    for exact in (layer["bias"], gathered["pos_embed"], gathered["head"]["kernel"]):
+        assert exact.dtype == jnp.float32

@@ -89,7 +89,8 @@ def logits_in_training(task, state):
         pixels = normalize(IMAGES, task.mean, task.std)
         return np.asarray(task.model.apply({"params": state.weights}, pixels))
     x = np.asarray(task.features(state.frozen, IMAGES), np.float64)
-    x = (x - state.statistics["mean"]) / np.sqrt(state.statistics["var"] + 1e-6)
+    statistics = state.extra["statistics"]
+    x = (x - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-6)
     return x @ state.params["head"]["kernel"] + state.params["head"]["bias"]
 
 

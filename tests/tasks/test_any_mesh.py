@@ -47,7 +47,7 @@ def compare(config, devices, data, fsdp, accumulate):
     assert losses[0] != losses[-1]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert_close(jax.device_get(state.weights), jax.device_get(other.weights))
-    assert_close(jax.device_get(state.statistics), jax.device_get(other.statistics))
+    assert_close(jax.device_get(state.extra), jax.device_get(other.extra))
 
 
 @pytest.mark.parametrize("task", ["finetune", "linear_probe"])

@@ -67,7 +67,7 @@ def test_encoder_is_frozen_and_the_head_is_all_that_is_trained(supervised_config
     jax.tree.map(np.testing.assert_array_equal, encoder, jax.device_get(after.frozen))
     assert set(after.params) == {"head"}
     assert (after.params["head"]["kernel"] != before.params["head"]["kernel"]).all()
-    assert (after.statistics["mean"] != 0).all()
+    assert (after.extra["statistics"]["mean"] != 0).all()
 
 
 def test_the_encoder_keeps_nothing_for_a_backward_pass(supervised_config):

@@ -12,6 +12,7 @@ from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import VARIANTS, ViT
 from mae_jax.train.optimizers import (
     adamw,
+    create,
     decays,
     decays_in_fine_tuning,
     lars,
@@ -101,9 +102,8 @@ def test_decay_exempts_one_dimensional_tensors():
 
 
 def test_clipping_bounds_the_global_norm():
-    optimizer = adamw(
-        optax.constant_schedule(1.0), b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=1.0
-    )
+    fields = {"b1": 0.0, "b2": 0.0, "eps": 1.0, "weight_decay": 0.0, "clip_norm": 1.0}
+    optimizer = create("adamw", optax.constant_schedule(1.0), fields)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     grads = {"a": jnp.asarray([6.0, 0.0]), "b": jnp.asarray([8.0])}
     updates, _ = optimizer.update(grads, optimizer.init(params), params)

@@ -1,0 +1,123 @@
+"""Gradients of a global batch: each device runs its own examples, then sums are exchanged.
+
+Written as the program of one device (`shard_map`), because a compiler that is left to place the
+sums over devices puts them right behind every matrix product: in the type of the product, and
+once for every part of an accumulated batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mae_jax.distributed.mesh import BATCH_AXES
+from mae_jax.distributed.sharding import in_compute_type, state_sharding
+from mae_jax.train.state import Metrics, TrainState, merge
+
+# (weights, extra, examples) -> (mean loss of the examples, further means). Weights are all of the
+# model's, frozen ones included; `extra` is that of the state.
+LossFn = Callable[[Any, dict[str, Any], Any], tuple[jax.Array, Metrics]]
+
+
+def gradients(
+    loss_fn: LossFn,
+    state: TrainState,
+    batch: Any,
+    *,
+    mesh: Mesh,
+    parts: int = 1,
+    compute_dtype: jnp.dtype = jnp.float32,
+    reduce_dtype: jnp.dtype = jnp.float32,
+) -> tuple[Any, Metrics]:
+    """Mean gradients of `loss_fn` with respect to `state.params`, and mean metrics.
+
+    Split parameters are gathered once a step. Their gradients are summed over `fsdp` as soon as
+    each is known, every device keeping its slice, and over `data` once a step; the gradients of
+    whole parameters are summed over both once a step.
+
+    Args:
+      loss_fn: run on the examples of one device and part: it may not mix examples.
+      batch: arrays [B, ...]; B divisible by devices times `parts`.
+      parts: how many times a device runs a share of its examples, one after the other.
+      compute_dtype: in which matrices of the encoder and decoder are gathered.
+      reduce_dtype: in which gradients of matrices are summed over devices.
+
+    Returns:
+      Gradients, float32, laid out as the parameters; metrics with "loss" among them.
+    """
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda sharding: sharding.spec, state_sharding(tree, mesh))
+
+    def split_axis(spec: P) -> int | None:
+        return spec.index("fsdp") if "fsdp" in spec else None
+
+    param_specs, frozen_specs, extra_specs = map(specs, (state.params, state.frozen, state.extra))
+
+    def gather(tree: Any, tree_specs: Any) -> Any:
+        def one(x: jax.Array, spec: P) -> jax.Array:
+            axis = split_axis(spec)
+            return x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+        return jax.tree.map(one, in_compute_type(tree, compute_dtype), tree_specs)
+
+    def to_sum(gradient: jax.Array) -> jax.Array:
+        return gradient.astype(reduce_dtype if gradient.ndim > 1 else jnp.float32)
+
+    def gathered(param: jax.Array, spec: P, whole: jax.Array) -> jax.Array:
+        """`whole`, its gradient led to the slice `param` of this device."""
+        axis = split_axis(spec)
+        if axis is None:
+            return param
+
+        def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array, None]:
+            gradient = jax.lax.psum_scatter(
+                to_sum(gradient), "fsdp", scatter_dimension=axis, tiled=True
+            )
+            return gradient.astype(param.dtype), None
+
+        use = jax.custom_vjp(lambda param, whole: whole)
+        use.defvjp(lambda param, whole: (whole, None), scatter)
+        return use(param, whole)
+
+    def sum_over_devices(gradient: jax.Array, spec: P) -> jax.Array:
+        axes = BATCH_AXES if split_axis(spec) is None else "data"
+        total = jax.lax.psum(to_sum(gradient), axes).astype(jnp.float32)
+        return total / (parts * mesh.size)
+
+    def on_one_device(params: Any, frozen: Any, extra: Any, batch: Any) -> tuple[Any, Metrics]:
+        whole = gather(params, param_specs)
+        frozen, extra = gather(frozen, frozen_specs), gather(extra, extra_specs)
+
+        def loss_of_part(params: Any, part: Any) -> tuple[jax.Array, Metrics]:
+            weights = jax.tree.map(gathered, params, param_specs, whole)
+            loss, metrics = loss_fn(merge(weights, frozen), extra, part)
+            return loss, {"loss": loss, **metrics}
+
+        grad_fn = jax.grad(loss_of_part, has_aux=True)
+        if parts == 1:
+            grads, metrics = grad_fn(params, batch)
+        else:
+            micro_batches = jax.tree.map(
+                lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch
+            )
+            shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro_batches))
+            (grads, metrics), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None),
+                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+                micro_batches,
+            )
+        metrics = jax.tree.map(lambda x: jax.lax.pmean(x, BATCH_AXES) / parts, metrics)
+        return jax.tree.map(sum_over_devices, grads, param_specs), metrics
+
+    # Unchecked, a device's gradient stays its own until it is summed here, by hand.
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(param_specs, frozen_specs, extra_specs, P(BATCH_AXES)),
+        out_specs=(param_specs, P()),
+        check_vma=False,
+    )(state.params, state.frozen, state.extra, batch)
