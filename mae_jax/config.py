@@ -421,14 +421,13 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             f"init_from is empty, and task {task} starts from an encoder: give a workdir or a file "
             f"of weights, or `random` for an untrained encoder as a control{recipe}"
         )
-    own = {name: hyperparameters(name) for name in OPTIMIZERS}
-    chosen = optimizer(config)
-    for name in sorted({*sum(own.values(), [])} - {*own[chosen]}):
+    used = hyperparameters(optimizer(config))
+    for name in (name for other in OPTIMIZERS for name in hyperparameters(other)):
         value, default = config.optim[name], FIELDS[f"optim.{name}"].default
-        if value != default:
+        if value != default and name not in used:
             yield (
-                f"optim.{name} = {value!r}: the optimizer {chosen} has no use for this field; "
-                f"leave it at {default!r}"
+                f"optim.{name} = {value!r}: the optimizer {optimizer(config)} has no use for this "
+                f"field; leave it at {default!r}"
             )
     if task in MAE and config.init_from == "random":
         yield "init_from = 'random' is for fine-tuning and probing; leave it empty to pretrain"
