@@ -189,12 +189,12 @@ def test_a_run_may_start_from_the_weights_of_another(undisturbed, tmp_path):
     assert "width 32" in refused.stderr
 
 
-def test_another_device_count_continues_the_run(undisturbed, tmp_path):
+def test_another_device_count_and_accumulation_continue_the_run(undisturbed, tmp_path):
     half = run(tmp_path, steps=12, checkpoint__every=4, eval__every=0)
     assert half.returncode == 0
     for name in ("12", "8"):
         subprocess.run(["rm", "-r", tmp_path / "checkpoints" / name], check=True)
-    result = run(tmp_path, devices=8, mesh__fsdp=4)
+    result = run(tmp_path, devices=8, mesh__fsdp=4, optim__accumulate=2)
     assert result.returncode == 0, result.stderr
     assert "continuing from the checkpoint of step 4" in result.stderr
     expected, found = losses(undisturbed), losses(tmp_path)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from mae_jax.distributed import mesh as mesh_lib
+from mae_jax.distributed.sharding import state_sharding
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,26 @@ def test_replicated_arrays_are_whole_on_every_device():
     assert array.is_fully_replicated
     assert len(array.addressable_shards) == len(jax.devices())
     np.testing.assert_array_equal(array, np.arange(5))
+
+
+def test_split_arrays_come_to_the_host_without_a_program_that_collects_them():
+    mesh = mesh_lib.make_mesh(1, 8)
+    whole = {"w": np.arange(128.0, dtype=np.float32).reshape(16, 8), "n": np.float32(3)}
+    split = mesh_lib.place(whole, state_sharding(whole, mesh))
+    assert not split["w"].is_fully_replicated
+    programs = []
+
+    def listener(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            programs.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    before = {id(array) for array in jax.live_arrays()}
+    host = mesh_lib.to_host(split)
+    new = [array for array in jax.live_arrays() if id(array) not in before]
+    assert not programs
+    assert max(array.size for array in new) <= 128 // 8  # what one device has of it
+    jax.tree.map(np.testing.assert_array_equal, host, whole)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(host))
+    jax.jit(lambda x: x, out_shardings=mesh_lib.replicated(mesh))(split["w"])
+    assert programs  # such as would be seen above

@@ -1,4 +1,7 @@
-"""Checkpoints of version 0.1, which did not hold the position tables that it computed."""
+"""Checkpoints of version 0.1: without the position tables that it computed, and with the
+statistics of batch norm in a field of their own."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -20,14 +23,19 @@ def without_tables(tree):
 
 
 @pytest.mark.parametrize("task_name", ["linear_probe", "pretrain"])
-def test_a_run_continues_with_the_fixed_tables_it_had(
+def test_a_run_continues_with_the_tables_and_statistics_it_had(
     task_name, tiny_config, supervised_config, tmp_path
 ):
     config = tiny_config if task_name == "pretrain" else supervised_config(task_name)
     config.init_from = "/some/weights"
     task, _, state = make(config, devices=2, fsdp=2)
     frozen = without_tables(jax.device_get(state.frozen))
-    old = state.replace(frozen=frozen if task_name == "linear_probe" else None)
+    old = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    extra = old.pop("extra")
+    old |= {
+        "frozen": frozen if task_name == "linear_probe" else None,
+        "statistics": extra.get("statistics"),
+    }
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(3, old, {"config": config.to_dict()})
     checkpoints.close()
