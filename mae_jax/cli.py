@@ -87,11 +87,8 @@ class Parser(argparse.ArgumentParser):
     """Options of one command, described by its module's docstring; errors are one line."""
 
     def __init__(self, command: str, description: str):
-        super().__init__(
-            prog=f"mae-jax {command}",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"mae-jax {command}", description=description, formatter_class=raw)
         self.add_argument("--version", action="version", version=f"mae_jax {mae_jax.__version__}")
 
     def error(self, message: str) -> None:
@@ -103,13 +100,9 @@ def parse_recipe(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespa
     """The options of a command that runs a recipe; `config` with its overrides."""
     from mae_jax.config import FIELDS, load_config, override
 
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="RECIPE[:VARIANT]",
-        help="a file, or a recipe of this project, as quickstart or pretrain:vit_l; "
-        "--config.FIELD=VALUE changes any field of mae_jax/config.py",
-    )
+    what = "a file, or a recipe of this project, as quickstart or pretrain:vit_l; "
+    what += "--config.FIELD=VALUE changes any field of mae_jax/config.py"
+    parser.add_argument("--config", required=True, metavar="RECIPE[:VARIANT]", help=what)
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     options, overrides = [], []
     tokens = iter(sys.argv[1:] if argv is None else argv)

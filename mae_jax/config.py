@@ -4,17 +4,18 @@ Recipes in `configs/` start from `default_config()` and change fields; the comma
 fields of the recipe (`--config.mask.ratio=0.9`). Unknown fields are refused.
 """
 
+import contextlib
 import difflib
 import functools
-import importlib.machinery
-import importlib.util
-import json
 import pathlib
+import runpy
 import textwrap
 import traceback
+import types
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import mae_jax
@@ -41,14 +42,11 @@ class Field(NamedTuple):
     """One field of the config.
 
     Attributes:
-      default: its type is the field's. A float takes an integer too; the entries of a tuple are of
-        one type.
+      default: its type is the field's. A float takes an integer too; a tuple's entries are alike.
       values: of text, the choices; of a number, and of each entry of a tuple, the range in interval
         notation: "-1 or [1, inf)".
-      doc: the meaning.
       tasks: that use it; the others refuse any value but the default.
-      free: may differ between a checkpoint and the run that continues from it, because it changes
-        how the run is carried out, not what it computes.
+      free: changes how the run is carried out, not what it computes: may change on resume.
     """
 
     default: Any
@@ -68,16 +66,14 @@ FIELDS = {
     "epochs": Field(800.0, "[0, inf)", "of the training split, each examples // batch_size steps"),
     "steps": Field(0, "[0, inf)", "more than 0: total steps, in place of epochs"),
     "log_every": Free(50, "[1, inf)", "steps"),
-    # A workdir, or a file or folder of any format that `mae_jax.export` writes or the official
-    # code, timm and Hugging Face use. Empty: from scratch. Fine-tuning and probing want one;
-    # `random` gives them an untrained encoder, the control of an experiment.
+    # A workdir, or weights in any format that is read. Empty: from scratch. Fine-tuning and probing
+    # want some; `random` gives them an untrained encoder, the control of an experiment.
     "init_from": Field("", ANY, "weights to start from, or random", STARTS),
     "init_parts": Field("all", ("all", "encoder"), "encoder: a new decoder", MAE),
     # 0.5: the MLP of the last block and what follows; 0: the head only; -1: everything.
     "trainable_blocks": Field(-1.0, "-1 or 0.5 or [0, inf)", "how many of the last blocks", TUNE),
     "compute_dtype": Field("bfloat16", DTYPES, "parameters, softmax, norms, loss stay float32"),
     "target": Field("norm_pixel", TARGETS, "what the decoder predicts", MAE),
-    # Encoder. Of width, depth and heads 0 takes the variant's.
     "model.variant": Field("b", tuple(VARIANTS), "size of the ViT"),
     "model.patch_size": Field(16, "[1, inf)", "pixels"),
     "model.image_size": Field((224,), "[1, inf)", "pixels: one side, or height,width"),
@@ -87,19 +83,15 @@ FIELDS = {
     "model.heads": Field(0, "[0, inf)", "0 takes the variant's"),
     "model.stacking": Free("unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower"),
     "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work"),
-    # Of the activations between blocks. bfloat16 is faster and doubles the error of the latents.
+    # bfloat16 is faster and doubles the error of the latents.
     "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks"),
-    "model.drop_path": Field(
-        0.0, "[0, 1)", "of the last block, falling to 0 at the first", CLASSIFY
-    ),
-    # Decoder and masks.
+    "model.drop_path": Field(0.0, "[0, 1)", "of the last block, falling to 0 below it", CLASSIFY),
     "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
     "decoder.width": Field(512, "[1, inf)", "of its tokens", MAE),
     "decoder.heads": Field(16, "[1, inf)", "of its attention", MAE),
     "mask.kind": Field("random", SAMPLERS, "which patches are hidden", MAE),
     "mask.ratio": Field(0.75, "(0, 1)", "share of the patches that is hidden", MAE),
-    # The head of a classifier. mean: of the patch tokens, then a new norm; cls: the class token,
-    # after the encoder's norm.
+    # mean: of the patch tokens, then a new norm; cls: the class token, after the encoder's norm.
     "head.pool": Field("mean", tuple(POOLS), "what the head reads", LABELS),
     "head.classes": Field(0, "[0, inf)", "0: as many as the data set has", LABELS),
     "head.init_std": Field(2e-5, "(0, inf)", "of its random start", LABELS),
@@ -111,14 +103,14 @@ FIELDS = {
     "augment.cutmix": Field(0.0, "[0, inf)", "alpha of the Beta distribution; 0: none", CLASSIFY),
     "augment.mix_probability": Field(1.0, "[0, 1]", "of either, where one is on", CLASSIFY),
     "augment.mix_switch": Field(0.5, "[0, 1]", "share of cutmix, where both are on", CLASSIFY),
-    # Neighbours in the global batch that share one lambda: the reference's batch of one GPU.
-    "augment.mix_group": Field(32, "[2, inf)", "examples mixed alike", CLASSIFY),
+    # The reference's batch of one GPU shares one lambda.
+    "augment.mix_group": Field(32, "[2, inf)", "neighbours in the batch mixed alike", CLASSIFY),
     "augment.smoothing": Field(0.0, "[0, 1)", "of labels", CLASSIFY),
-    # `single_try` is for linear probing; `centre` is table 1e's "none".
     "data.name": Field("imagenet2012", ANY, "a TFDS data set, `folder` or `demo`"),
     "data.dir": Free("", ANY, "TFDS data dir, or the folder of images"),
     "data.train_split": Field("train", ANY, "as TFDS spells it"),
     "data.eval_split": Field("validation", ANY, "as TFDS spells it"),
+    # `single_try` is for linear probing; `centre` is table 1e's "none".
     "data.crop": Field(
         "random_resized", ("random_resized", "single_try", "centre"), "of training pictures"
     ),
@@ -167,7 +159,6 @@ FIELDS = {
     "probe.train_examples": Free(10000, "[2, inf)", "at most", MAE),
     "probe.eval_examples": Free(5000, "[1, inf)", "at most", MAE),
     "probe.pool": Free("cls", tuple(POOLS), "of tokens after the final norm", MAE),
-    # Nearest neighbours say little about MAE.
     "probe.neighbours": Free(0, "[0, inf)", "k of a k-nearest-neighbour score; 0: none", MAE),
     "pictures.every": Free(5000, "[0, inf)", "steps; 0: only at the end"),
     "pictures.count": Free(8, "[1, inf)", "images in the grid"),
@@ -177,47 +168,28 @@ FREE_FIELDS = tuple(name for name, field in FIELDS.items() if field.free)
 
 def default_config() -> ConfigDict:
     """The paper's pretraining recipe for ViT-B, every field present. Other recipes change it."""
-    tree: dict[str, Any] = {}
-    for name, field in FIELDS.items():
-        *section, leaf = name.split(".")
-        (tree.setdefault(*section, {}) if section else tree)[leaf] = field.default
-    return ConfigDict(tree).lock()
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    return ConfigDict(unflatten_dict(defaults, sep=".")).lock()
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Nested fields as {"optim.base_lr": value}; tuples as lists, as JSON gives them back."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def to_json(config: ConfigDict) -> str:
-    """The config as it is written to `config.json`."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    flat = flatten_dict(tree, sep=".")
+    return {k: list(value) if isinstance(value, tuple) else value for k, value in flat.items()}
 
 
 def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """Fields that forbid continuing from a checkpoint: {field: (saved, now)}.
-
-    A field that is younger than the checkpoint had its default then, or what the program did
-    before there was a choice.
-    """
+    """Fields that forbid continuing from a checkpoint: {field: (saved, now)}."""
     saved, new = flatten(saved), flatten(config.to_dict())
-    before = {
+    before = {  # there was a choice; any other field that was not saved had its default
         "model.residual_dtype": saved.get("compute_dtype"),
         "optim.reduce_dtype": saved.get("compute_dtype"),
         "data.resize": "fast",
     }
     old = flatten(default_config().to_dict()) | before | saved
-    return {
-        field: (old.get(field), new.get(field))
-        for field in sorted(old.keys() | new.keys())
-        if field not in FREE_FIELDS and old.get(field) != new.get(field)
-    }
+    compared = sorted((old.keys() | new.keys()) - set(FREE_FIELDS))
+    pairs = {field: (old.get(field), new.get(field)) for field in compared}
+    return {field: (was, now) for field, (was, now) in pairs.items() if was != now}
 
 
 # Recipes and overrides.
@@ -225,19 +197,11 @@ def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tup
 
 def load_recipe(path: str | pathlib.Path) -> Any:
     """The module of a config file. Such files are run by path, from any directory, not imported."""
-    # Any suffix will do, where spec_from_file_location knows .py only.
-    loader = importlib.machinery.SourceFileLoader(pathlib.Path(path).stem, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+    return types.SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def load_config(recipe: str) -> ConfigDict:
-    """The config of FILE or FILE:VARIANT; FILE is a path, or the name of a recipe in `configs/`.
-
-    Raises:
-      UserError: no such file, or one that does not give a config.
-    """
+    """The config of FILE or FILE:VARIANT; FILE is a path, or the name of a recipe in `configs/`."""
     name, _, variant = recipe.partition(":")
     package = pathlib.Path(mae_jax.__file__).parent
     shipped = package / "configs"  # where it is installed; in a checkout they lie beside it
@@ -252,27 +216,22 @@ def load_config(recipe: str) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:  # the user's own code: its line says what a traceback would
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
-        place, message = f"{path}{''.join(lines[-1:])}", str(error)
+        frames, message = traceback.extract_tb(error.__traceback__), str(error)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         if isinstance(error, SyntaxError):
-            place, message = f"{path}, line {error.lineno}", error.msg
-        message = textwrap.shorten(message, 160)
-        raise UserError(f"--config={recipe}: {place}: {type(error).__name__}: {message}") from error
+            lines, message = [error.lineno], error.msg
+        place = f"{path}, line {lines[-1]}" if lines else path
+        message = f"{type(error).__name__}: {textwrap.shorten(message, 160)}"
+        raise UserError(f"--config={recipe}: {place}: {message}") from error
     if not isinstance(config, ConfigDict) or FIELDS.keys() - flatten(config.to_dict()).keys():
         raise UserError(f"--config={recipe}: get_config() has to return a changed default_config()")
     return config
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
-    """Gives a field the value that a command line spells as `text`.
-
-    Raises:
-      UserError: no such field, or no value of its type and range.
-    """
-    default = _field(name).default
-    value: Any = text
-    try:
+    """Gives a field the value that a command line spells as `text`."""
+    default, value = _field(name).default, text
+    with contextlib.suppress(ValueError):  # the check below refuses the text by its field's name
         if isinstance(default, bool):
             value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         elif isinstance(default, tuple):
@@ -280,8 +239,6 @@ def override(config: ConfigDict, name: str, text: str) -> None:
             value = tuple(type(default[0])(part) for part in parts)
         else:
             value = type(default)(text)
-    except ValueError:
-        pass  # the check below refuses the text by the name of its field
     _check_value(name, value)
     config.update_from_flattened_dict({name: value})
 
@@ -289,16 +246,13 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 def _field(name: str) -> Field:
     if name not in FIELDS:
         likely = " or ".join(difflib.get_close_matches(name, FIELDS, 3, 0.5))
-        raise UserError(
-            f"unknown config field {name}; "
-            + (f"did you mean {likely}? " if likely else "")
-            + "Every field is in mae_jax/config.py"
-        )
+        hint = f"did you mean {likely}? " if likely else ""
+        raise UserError(f"unknown config field {name}; {hint}Every field is in mae_jax/config.py")
     return FIELDS[name]
 
 
-# Values that depend on others: where a recipe's does not go with a shorter run or a smaller batch,
-# what is used in its place follows from config and data alone, so that it is the same on resume.
+# Where a recipe's value does not go with a shorter run or a smaller batch, the one in its place
+# follows from config and data alone, so that it is the same on resume.
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
@@ -324,8 +278,8 @@ def warmup_steps(config: ConfigDict, examples: int) -> int:
 
 
 def _recipe_warmup(config: ConfigDict, examples: int) -> int:
-    epochs = config.optim.warmup_epochs
-    return config.optim.warmup_steps or round(epochs * steps_per_epoch(config, examples))
+    optim = config.optim
+    return optim.warmup_steps or round(optim.warmup_epochs * steps_per_epoch(config, examples))
 
 
 def optimizer(config: ConfigDict) -> str:
@@ -365,11 +319,7 @@ def adjustments(config: ConfigDict, examples: int) -> list[str]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for a config that no data set and no machine could run.
-
-    Checked elsewhere: the data directory (`data.sources`), the fit of batch and mesh
-    (`distributed.mesh`).
-    """
+    """Raises UserError for a config that no data set and no machine could run."""
     for name, value in flatten(config.to_dict()).items():
         _check_value(name, value)
     for problem in _problems(config):
@@ -382,9 +332,8 @@ def _check_value(name: str, value: Any) -> None:
     many = isinstance(default, tuple)
     entries = list(value) if many and isinstance(value, (tuple, list)) else [value]
     kind = type(default[0] if many else default)
-    fits = bool(entries) and all(
-        type(entry) is kind or (kind is float and type(entry) is int) for entry in entries
-    )
+    kinds = (int, float) if kind is float else (kind,)  # no bool, which isinstance takes for an int
+    fits = bool(entries) and all(type(entry) in kinds for entry in entries)
     remedy = {bool: "true or false", str: "a text", int: "an integer", float: "a number"}[kind]
     if isinstance(allowed, str):
         fits = fits and all(_in_range(entry, allowed) for entry in entries)
@@ -425,10 +374,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for name in (name for other in OPTIMIZERS for name in hyperparameters(other)):
         value, default = config.optim[name], FIELDS[f"optim.{name}"].default
         if value != default and name not in used:
-            yield (
-                f"optim.{name} = {value!r}: the optimizer {optimizer(config)} has no use for this "
-                f"field; leave it at {default!r}"
-            )
+            unused = f"the optimizer {optimizer(config)} has no use for this field"
+            yield f"optim.{name} = {value!r}: {unused}; leave it at {default!r}"
     if task in MAE and config.init_from == "random":
         yield "init_from = 'random' is for fine-tuning and probing; leave it empty to pretrain"
     model, shape = config.model, VARIANTS[config.model.variant]
@@ -441,14 +388,11 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for name, side in zip(("height", "width"), size, strict=True):
         if side % patch:
             lower = side // patch * patch
-            yield (
-                f"model.image_size: {name} {side} is not divisible by model.patch_size = {patch}; "
-                f"the nearest that are: {lower or patch}, {lower + patch}"
-            )
-    for name, width, heads in (
-        ("model", model.width or shape.width, model.heads or shape.heads),
-        ("decoder", config.decoder.width, config.decoder.heads),
-    ):
+            near = f"the nearest that are: {lower or patch}, {lower + patch}"
+            wrong = f"{name} {side} is not divisible by model.patch_size = {patch}"
+            yield f"model.image_size: {wrong}; {near}"
+    encoder = "model", model.width or shape.width, model.heads or shape.heads
+    for name, width, heads in (encoder, ("decoder", config.decoder.width, config.decoder.heads)):
         if width % 4:
             yield f"{name}.width = {width}: sine-cosine positions need a multiple of 4"
         if width % heads:
@@ -456,21 +400,16 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     patches = size[0] * size[1] // patch**2
     kept = num_kept(patches, config.mask.ratio)
     if task in MAE and not 0 < kept < patches:
-        yield (
-            f"mask.ratio = {config.mask.ratio} keeps {kept} of {patches} patches: at least one "
-            "must stay and at least one must go"
-        )
+        kept = f"{kept} of {patches} patches"
+        yield f"mask.ratio = {config.mask.ratio} keeps {kept}: one at least must stay, and one go"
     if not config.steps and not config.epochs:
         yield "set steps or epochs: one of them must be above 0"
     if batch % config.optim.accumulate:
         parts = config.optim.accumulate
         yield f"batch_size = {batch} does not divide into optim.accumulate = {parts} equal parts"
     if task in PROBE and not norm_group(config):
-        group = config.head.norm_group
-        yield (
-            f"head.norm_group = {group}: no number from 2 to it divides batch_size = {batch}; "
-            "0 takes the whole batch"
-        )
+        none = f"no number from 2 to it divides batch_size = {batch}; 0 takes the whole batch"
+        yield f"head.norm_group = {config.head.norm_group}: {none}"
     if (config.augment.mixup or config.augment.cutmix) and not mix_group(config):
         yield f"batch_size = {batch}: mixup and cutmix need pairs, so an even number"
     for name in ("mean", "std"):

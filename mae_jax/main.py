@@ -14,12 +14,11 @@ import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -87,58 +86,47 @@ def run(config: ConfigDict, workdir: str) -> None:
         if steps == setup.task.total_steps:
             finish(setup, state)
         else:
-            logging.info(
-                "stopped after step %d of %d and saved; the same command continues from there",
-                *(steps, setup.task.total_steps),
-            )
+            text = "stopped after step %d of %d and saved; the same command continues from there"
+            logging.info(text, steps, setup.task.total_steps)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
-    """Opens the data and builds the task.
-
-    Raises:
-      UserError: what is asked for cannot be trained here.
-    """
+    """Opens the data and builds the task; raises UserError for what cannot be trained here."""
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     data = open_splits(config)
-    names = data.train.class_names
-    task = create_task(config, len(data.train), data.classes, mesh, names)
+    task = create_task(config, len(data.train), data.classes, mesh, data.train.class_names)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
 
 def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, float]:
     """The state to go on from, and the seconds that it took."""
-    restored = checkpoints.restore_newest(
-        setup.abstract,
-        lambda record: check_fits(record, setup.config, setup.data),
-        setup.task.fixed_positions,
-    )
+    config, task = setup.config, setup.task
+    check = functools.partial(check_fits, config=config, data=setup.data)
+    restored = checkpoints.restore_newest(setup.abstract, check, task.fixed_positions)
     if restored is not None:
         state, record = restored
         seconds = record["elapsed_seconds"]
         logging.info("continuing from the checkpoint of step %d", int(state.step))
     else:
-        checkpoints.begin(traces_of_training(setup.workdir))
-        init = jax.jit(setup.task.init, out_shardings=shardings_of(setup.abstract))
-        state = setup.task.prepare(with_clock("drawing random weights", init), setup.data)
-        if setup.config.init_from not in ("", "random"):
-            state = start_from(
-                setup.config.init_from, setup.config.init_parts, setup.task, state, setup.mesh
-            )
+        steps = [line["step"] for line in read_metrics(setup.workdir / "metrics.jsonl")]
+        traces = [f"metrics.jsonl up to step {max(steps)}"] if steps else []
+        traces += [name for name in ("export", "results.json") if (setup.workdir / name).exists()]
+        checkpoints.begin(traces)
+        init = jax.jit(task.init, out_shardings=shardings_of(setup.abstract))
+        state = task.prepare(with_clock("drawing random weights", init), setup.data)
+        if config.init_from not in ("", "random"):
+            fresh, parts = mesh_lib.to_host(state.weights), config.init_parts
+            load = functools.partial(load_into, fresh, config.init_from, task.spec, parts=parts)
+            weights, report = in_every_process(load)
+            logging.info("%s", report)
+            state = state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))
         seconds = 0.0
-    config = config_lib.to_json(setup.config) + "\n"
-    in_process_0(write_atomically, setup.workdir / "config.json", config)
+    text = config.to_json(indent=2, sort_keys=True) + "\n"
+    in_process_0(write_atomically, setup.workdir / "config.json", text)
     return state, seconds
-
-
-def traces_of_training(workdir: pathlib.Path) -> list[str]:
-    """What in a workdir, beside checkpoints, tells of steps that were made, in words."""
-    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
-    traces = [f"metrics.jsonl up to step {max(steps)}"] if steps else []
-    return traces + [name for name in ("export", "results.json") if (workdir / name).exists()]
 
 
 def train_and_evaluate(
@@ -161,10 +149,8 @@ def train_and_evaluate(
 
     with closing(MetricsWriter(setup.workdir, start_step)) as writer:
         inputs = task.inputs(data, state, setup.workdir)
-        evaluate = Evaluation(
-            *(task, inputs, mesh, writer, shardings_of(setup.abstract)),
-            max_batches=config.eval.batches,
-        )
+        shardings, limit = shardings_of(setup.abstract), config.eval.batches
+        evaluate = Evaluation(task, inputs, mesh, writer, shardings, max_batches=limit)
         if start_step == total_steps:
             missing = evaluation_at(setup.workdir, total_steps) is None
             if tell_all(str(missing))[0] == "True":  # whoever lost the metrics, all evaluate
@@ -179,13 +165,17 @@ def train_and_evaluate(
         ]
         positions = mesh_lib.local_positions(config.batch_size, mesh)
         with inputs.train_batches(positions, start_step, total_steps) as host_batches:
+            # Global batches, the next on its way while the current one is used.
+            arrays = ({name: batch[name] for name in task.batch_schema} for batch in host_batches)
+            sent = (mesh_lib.global_batch(x, positions, config.batch_size, mesh) for x in arrays)
+            batches = (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))
             step = compile_step(task, setup.abstract)
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
             stop_signal = startup.StopSignal()
             return train(
                 step,
                 state,
-                device_batches(host_batches, task.batch_schema, positions, config.batch_size, mesh),
+                batches,
                 metric_names=task.metric_names,
                 place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
                 start_step=start_step,
@@ -217,37 +207,17 @@ def finish(setup: Setup, state: TrainState) -> None:
         with complete_or_absent_folder(setup.workdir / "export") as folder:
             setup.task.export(state, folder, facts)
         if data.classes is not None:
-            parameters = tree_size(state.weights)
-            results = write_results(
-                setup.workdir,
-                config,
-                train_examples=len(data.train),
-                steps=steps,
-                parameters=parameters,
-            )
+            sizes = {"train_examples": len(data.train), "parameters": tree_size(state.weights)}
+            results = write_results(setup.workdir, config, steps=steps, **sizes)
             logging.info("results.json:\n%s\n%s", results["markdown_header"], results["markdown"])
 
     in_process_0(write)
     logging.info("done: %d steps. Model, pictures and metrics are in %s", steps, setup.workdir)
 
 
-def start_from(source: str, parts: str, task: Task, state: TrainState, mesh: Mesh) -> TrainState:
-    """The state at step 0 with the weights of another model, as far as they fit.
-
-    Raises:
-      ValueError: weights that cannot be read, or would do silent harm.
-    """
-    fresh = mesh_lib.to_host(state.weights)
-    load = functools.partial(load_into, fresh, source, task.spec, parts=parts)
-    weights, report = in_every_process(load)
-    logging.info("%s", report)
-    return state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))
-
-
 def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None:
     """Raises UserError where a checkpoint belongs to another run."""
-    differing = config_lib.differing_fields(record["config"], config)
-    if differing:
+    if differing := config_lib.differing_fields(record["config"], config):
         changes = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items()]
         raise UserError(
             f"the workdir holds checkpoints of another config ({'; '.join(changes)}); give these "
@@ -260,64 +230,33 @@ def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None
     if examples != len(data.train):
         raise UserError(
             f"data.dir: the checkpoint was trained on {examples} examples, {data.train.name} "
-            f"{data.train.split} now has {len(data.train)}; the order would not be the same. "
-            "restore the data, or choose a new --workdir"
+            f"{data.train.split} now has {len(data.train)}: restore them, or choose a new --workdir"
         )
 
 
 def announce(setup: Setup) -> None:
     """Logs what is about to run: parameters, mesh, data, length."""
-    config, mesh, data, task = setup.config, setup.mesh, setup.data, setup.task
-    abstract = setup.abstract
-    sizes = {name: tree_size(part) for name, part in abstract.params.items()}
-    parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    logging.info("parameters: %s (%s); --verbose lists them", f"{sum(sizes.values()):,}", parts)
+    mesh, data, task, batch = setup.mesh, setup.data, setup.task, setup.config.batch_size
+    params, frozen = setup.abstract.params, setup.abstract.frozen
+    parts = ", ".join(f"{name} {tree_size(part):,}" for name, part in params.items())
+    logging.info("parameters: %s (%s); --verbose lists them", f"{tree_size(params):,}", parts)
     if logging.level_debug():
-        table = parameter_overview.get_parameter_overview(abstract.params, include_stats="sharding")
+        table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
         logging.debug("parameters:\n%s", table)
-    if abstract.frozen is not None:
-        frozen = f"{tree_size(abstract.frozen):,}"
-        logging.info("and %s frozen parameters, which no step changes", frozen)
-    device = mesh.devices.flat[0]
-    logging.info(
-        "mesh: data %d x fsdp %d = %d %s device(s) in %d process(es); %.2f GB of state on each",
-        mesh.shape["data"],
-        mesh.shape["fsdp"],
-        mesh.size,
-        device.device_kind,
-        jax.process_count(),
-        bytes_per_device(abstract) / 1e9,
-    )
-    logging.info(
-        "data: %s, %d training and %d evaluation examples; batch %d, %d a process",
-        data.train.name,
-        len(data.train),
-        len(data.eval),
-        config.batch_size,
-        len(mesh_lib.local_positions(config.batch_size, mesh)),
-    )
-    logging.info(
-        "run: %d steps (%.1f epochs), %.1f GFLOP an image and step, %s",
-        task.total_steps,
-        task.total_steps * config.batch_size / len(data.train),
-        task.train_flops_per_image / 1e9,
-        config.compute_dtype,
-    )
+    if frozen is not None:
+        logging.info("and %s frozen parameters, which no step changes", f"{tree_size(frozen):,}")
+    shape = f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {mesh.size}"
+    devices = f"{mesh.devices.flat[0].device_kind} device(s) in {jax.process_count()} process(es)"
+    gigabytes = bytes_per_device(setup.abstract) / 1e9
+    logging.info("mesh: %s %s; %.2f GB of state on each", shape, devices, gigabytes)
+    examples = f"{len(data.train)} training and {len(data.eval)} evaluation examples"
+    local = len(mesh_lib.local_positions(batch, mesh))
+    logging.info("data: %s, %s; batch %d, %d a process", data.train.name, examples, batch, local)
+    length = f"{task.total_steps} steps ({task.total_steps * batch / len(data.train):.1f} epochs)"
+    flops, dtype = task.train_flops_per_image / 1e9, setup.config.compute_dtype
+    logging.info("run: %s, %.1f GFLOP an image and step, %s", length, flops, dtype)
 
 
 def tree_size(tree: Any) -> int:
     """Numbers in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def device_batches(
-    batches: Iterable[dict],
-    fields: Iterable[str],
-    positions: np.ndarray,
-    batch_size: int,
-    mesh: Mesh,
-) -> Iterator[dict]:
-    """Global device batches of `fields`, the next on its way while the current one is used."""
-    arrays = ({name: batch[name] for name in fields} for batch in batches)
-    sent = (mesh_lib.global_batch(x, positions, batch_size, mesh) for x in arrays)
-    return (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))

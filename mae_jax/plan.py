@@ -40,7 +40,6 @@ from mae_jax.train.progress import with_clock
 from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
-
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -54,12 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plan(config: ConfigDict, topology: str) -> dict[str, object]:
-    """Compiles the training step for `topology`: what it needs, as {what: figure}.
-
-    Raises:
-      UserError: a config that cannot run on that many devices, an unknown topology, or a step that
-        needs more memory than the chips have.
-    """
+    """Compiles the training step for `topology`: what it needs, as {what: figure}."""
     config_lib.validate(config)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
@@ -102,39 +96,26 @@ def read_program(text: str) -> tuple[int, dict[str, int]]:
 
     A `while` body counts as often as it runs: the constant its condition compares with.
     """
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif name:
-            computations[name].append(line)
-
-    def trips(condition: str) -> int:
-        constants = re.findall(
-            r"s32\[\][^=]* constant\((\d+)\)", "\n".join(computations[condition])
-        )
-        return max(map(int, constants), default=1)
+    _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
+    marks, names, bodies = parts[::3], parts[1::3], parts[2::3]
+    computations = dict(zip(names, bodies, strict=True))
 
     def walk(computation: str) -> tuple[int, collections.Counter]:
         cycles, collectives = 0, collections.Counter()
-        for line in computations[computation]:
+        for line in computations[computation].splitlines():
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
             cycles += int(estimate[1]) if estimate else 0
             operation = re.search(r"= .*? ([a-z\-]+)\(", line)
             kind = operation[1].removesuffix("-start") if operation else ""
             if kind in COLLECTIVES:
                 collectives[kind] += 1
-            loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-            if loop:
+            if loop := re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                limits = re.findall(r"s32\[\][^=]* constant\((\d+)\)", computations[loop[1]])
+                count = max(map(int, limits), default=1)
                 inner_cycles, inner = walk(loop[2])
-                count = trips(loop[1])
                 cycles += count * inner_cycles
                 collectives.update({k: count * v for k, v in inner.items()})
         return cycles, collectives
 
-    cycles, collectives = walk(entry)
+    cycles, collectives = walk(names[marks.index("ENTRY ")])
     return cycles, dict(collectives)

@@ -16,7 +16,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,14 +26,12 @@ from mae_jax.config import FREE_FIELDS, flatten, image_size
 from mae_jax.storage.files import read_json, write_json
 from mae_jax.train.metrics import evaluation_at, read_metrics
 
-COLUMNS = (
-    *("task", "model", "from", "trained blocks", "data", "epochs", "steps", "batch"),
-    *("top-1 %", "top-5 %", "loss", "images/s", "seed"),
+HEADER = (
+    "| task | model | from | trained blocks | data | epochs | steps | batch "
+    "| top-1 % | top-5 % | loss | images/s | seed |\n|" + "---|" * 13
 )
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-
-# Of the fields that a run may change when it continues, these two say what was measured.
-_NOT_COMPARED = set(FREE_FIELDS) - {"data.dir", "eval.batches"}
+# Of the fields that a run may change when it continues, two say what was measured.
+_NOT_COMPARED = {"seed", *FREE_FIELDS} - {"data.dir", "eval.batches"}
 
 
 def write_results(
@@ -46,13 +44,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Writes `results.json` of a finished supervised run, and returns what it holds.
 
-    To be called in one process, after the metrics are written. Accuracies are fractions.
-
-    Args:
-      workdir: holds the run's `metrics.jsonl`.
-      train_examples: size of the training split.
-      steps: optimizer steps of the whole run.
-      parameters: number of the model's parameters, frozen ones included.
+    To be called in one process, after the metrics are written. Accuracies are fractions;
+    `parameters` counts frozen ones too.
 
     Raises:
       ValueError: no evaluation of the last step in the metrics.
@@ -61,18 +54,14 @@ def write_results(
     final = evaluation_at(path, steps)
     if final is None:
         raise ValueError(f"{path / 'metrics.jsonl'} has no eval/top1 of the last step, {steps}")
-    rates = [x.get("train/images_per_second") for x in read_metrics(path / "metrics.jsonl")]
-    rates = [rate for rate in rates if rate is not None]
-    result = {
-        "task": config.task,
+    speed = "train/images_per_second"
+    rates = [x[speed] for x in read_metrics(path / "metrics.jsonl") if x.get(speed) is not None]
+    fields = ("task", "init_from", "trainable_blocks", "batch_size", "seed")
+    result = {name: config[name] for name in fields} | {
         "variant": config.model.variant,
         "patch_size": config.model.patch_size,
         "image_size": list(image_size(config)),
-        "init_from": str(config.init_from),
-        "trainable_blocks": config.trainable_blocks,
         "epochs": config.epochs if not config.steps else steps * config.batch_size / train_examples,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
         "data": config.data.name,
         "steps": steps,
         "top1": final["eval/top1"],
@@ -90,11 +79,7 @@ def write_results(
 
 
 def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """The results of one run.
-
-    Raises:
-      UserError: there are none, or a file that `write_results` did not write.
-    """
+    """The results of one run; UserError where there are none, or a file of another origin."""
     path = pathlib.Path(workdir) / "results.json"
     result = read_json(path)
     if "config" not in result:
@@ -140,37 +125,26 @@ def table(results: list[dict[str, Any]]) -> str:
 def _identity(result: dict[str, Any]) -> dict[str, Any]:
     """The fields that must be equal for two runs to be the same but for their seed."""
     fields = flatten(result["config"])
-    return {f: fields[f] for f in sorted(fields) if f != "seed" and f not in _NOT_COMPARED}
+    return {name: fields[name] for name in sorted(fields.keys() - _NOT_COMPARED)}
 
 
 def _description(result: dict[str, Any]) -> tuple[str, ...]:
     """The cells that say what was run."""
-    if result["task"] == "linear_probe":
-        blocks = "0"
-    elif result["trainable_blocks"] == -1:
-        blocks = "all"
-    else:
-        blocks = f"{result['trainable_blocks']:g}"
+    blocks = "all" if result["trainable_blocks"] == -1 else f"{result['trainable_blocks']:g}"
+    model = result["config"]["model"]
+    size = model["image_size"]
+    size = "x".join(map(str, [size] if isinstance(size, int) else size))
+    name = f"ViT-{model['variant'].capitalize()}/{model['patch_size']}, {size} px"
+    own = [f"{field} {model[field]}" for field in ("width", "depth", "heads") if model[field]]
     return (
         result["task"],
-        _model(result["config"]),
+        f"{name} ({', '.join(own)})" if own else name,
         result["init_from"] or "scratch",
-        blocks,
+        "0" if result["task"] == "linear_probe" else blocks,
         result["data"],
         f"{result['epochs']:.4g}",
         str(result["steps"]),
         str(result["batch_size"]),
-    )
-
-
-def _model(config: dict[str, Any]) -> str:
-    model = config["model"]
-    size = model["image_size"]
-    size = [size] if isinstance(size, int) else size
-    own = [f"{name} {model[name]}" for name in ("width", "depth", "heads") if model[name]]
-    return (
-        f"ViT-{model['variant'].capitalize()}/{model['patch_size']}, "
-        f"{'x'.join(str(side) for side in size)} px" + (f" ({', '.join(own)})" if own else "")
     )
 
 
@@ -189,19 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("results", __doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a finished run")
     args = parser.parse_args(argv)
-    workdirs = dict.fromkeys(pathlib.Path(w).expanduser().resolve() for w in args.workdirs)
-    print(table(_finished(workdirs)))
-
-
-def _finished(workdirs: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
-    """The results that are there; what is left out is named, so that `runs/*` may be asked for."""
     found = []
-    for workdir in workdirs:
+    for workdir in dict.fromkeys(pathlib.Path(w).expanduser().resolve() for w in args.workdirs):
         if (workdir / "results.json").exists():
             found.append(read_results(workdir))
-        else:
+        else:  # `runs/*` may be asked for
             note = "no results.json, which a run of finetune, scratch or linear_probe ends with"
             print(f"left out: {workdir}: {note}", file=sys.stderr)
     if not found:
         raise UserError("none of these workdirs holds the results of a finished supervised run")
-    return found
+    print(table(found))

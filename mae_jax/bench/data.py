@@ -10,7 +10,6 @@ import io
 import multiprocessing
 import os
 import pathlib
-import statistics
 import sys
 import time
 
@@ -54,11 +53,7 @@ class Plain(TrainTransform):
 
 
 def main(config: ConfigDict) -> None:
-    """Prints for each way its rate, its price, and how far its pixels lie from the plain one's.
-
-    Raises:
-      UserError: a config that cannot run, or channels that Pillow does not have.
-    """
+    """Prints for each way its rate, its price, and how far its pixels lie from the plain one's."""
     validate(config)
     if config.model.channels not in (1, 3):
         raise UserError(f"model.channels={config.model.channels}: the plain way reads 1 or 3")
@@ -66,39 +61,32 @@ def main(config: ConfigDict) -> None:
     splits = dataclasses.replace(splits, batch_size=min(config.batch_size, LARGEST_BATCH))
     transform = splits.train_transform
     ways = {name: dataclasses.replace(transform, resize=name) for name in RESIZES}
-    fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
-    ways["plain"] = Plain(**fields)
-    of_each = {name: dataclasses.replace(splits, train_transform=way) for name, way in ways.items()}
+    ways["plain"] = Plain(**vars(transform))
+    of_each = [dataclasses.replace(splits, train_transform=way) for way in ways.values()]
     images = STEPS * splits.batch_size
-    costs = [
-        {name: _cost(each, i * STEPS) / images for name, each in of_each.items()}
-        for i in range(ROUNDS)
-    ]
+    rounds = [[_cost(each, i * STEPS) / images for each in of_each] for i in range(ROUNDS)]
+    costs = np.asarray(rounds)  # [rounds, ways, 2]
     source, (height, width) = splits.train, transform.size
     print(
         f"{len(source)} records of {source.name} {source.split!r}, {height} x {width} px; batches "
         f"of {splits.batch_size}, {splits.workers} workers, {splits.threads or os.cpu_count()} "
         f"threads; median of {ROUNDS} rounds of {images} images"
     )
-    pixels = {name: _crops(splits, way) for name, way in ways.items()}
-    power = {name: sum(map(_power, crops)) for name, crops in pixels.items()}
+    rates, cpu = np.median(1 / costs[..., 0], 0), np.median(1e3 * costs[..., 1], 0)
+    ratios = np.median(costs[:, -1:, 1] / costs[..., 1], 0)
+    pixels = [_crops(splits, way) for way in ways.values()]
+    power = [sum(map(_power, crops)) for crops in pixels]
     print("        images/s  CPU-ms each  x plain  grey levels off  power at half Nyquist")
-    for name, crops in pixels.items():
-        rate = statistics.median(1 / cost[name][0] for cost in costs)
-        cpu = statistics.median(1e3 * cost[name][1] for cost in costs)
-        ratio = statistics.median(cost["plain"][1] / cost[name][1] for cost in costs)
-        off = np.mean([np.abs(a - b).mean() for a, b in zip(crops, pixels["plain"], strict=True)])
-        print(
-            f"{name:6s} {rate:9.1f} {cpu:12.2f} {ratio:8.2f} {off:16.2f} "
-            f"{power[name] / power['plain']:22.3f}"
-        )
+    for i, name in enumerate(ways):
+        off = np.mean([np.abs(a - b).mean() for a, b in zip(pixels[i], pixels[-1], strict=True)])
+        speed = f"{name:6s} {rates[i]:9.1f} {cpu[i]:12.2f} {ratios[i]:8.2f}"
+        print(f"{speed} {off:16.2f} {power[i] / power[-1]:22.3f}")
 
 
 def _cost(splits: Splits, start_step: int) -> np.ndarray:
     """Seconds on the wall, and of all threads and workers, that the batches of a round take: [2].
 
-    From one batch to another in the middle of a run: neither the start of worker processes, which
-    takes seconds, nor what is made ahead counts.
+    In the middle of a run: neither the start of workers nor what is made ahead counts.
     """
     positions = np.arange(splits.batch_size)
     with splits.train_batches(positions, start_step, sys.maxsize) as batches:
@@ -122,11 +110,9 @@ def _crops(splits: Splits, transform: TrainTransform) -> list[np.ndarray]:
     """The first crops of the run without RandAugment, each [H, W, C] float."""
     transform = dataclasses.replace(transform, randaugment=None)
     source, seed = splits.train, splits.seed
-    indices = (example_index(seed, g, len(source)) for g in range(COMPARED))
-    return [
-        transform(source[index], example_rng(seed, g))["image"].astype(float)
-        for g, index in enumerate(indices)
-    ]
+    records = (source[example_index(seed, g, len(source))] for g in range(COMPARED))
+    made = (transform(record, example_rng(seed, g)) for g, record in enumerate(records))
+    return [example["image"].astype(float) for example in made]
 
 
 def _power(image: np.ndarray) -> float:

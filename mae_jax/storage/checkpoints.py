@@ -1,8 +1,8 @@
-"""Checkpoints: their layout on disk, and Orbax behind one small class.
+"""Checkpoints, written and read by Orbax.
 
 A checkpoint is a folder named by its step, with the state (`state/`) and a record (`record/`, JSON)
-of everything a resume needs beside it: config, seed, data position, elapsed time, and a fingerprint
-of every tensor, so that a file damaged on disk is noticed instead of trained on.
+of what a resume needs beside it and of a fingerprint of every tensor, so that a file damaged on
+disk is noticed instead of trained on.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,11 @@ def fingerprint(tree: Any) -> jax.Array:
 class Checkpoint:
     """One complete checkpoint on disk. Its methods talk to no other process.
 
+    Where files are damaged they raise what Orbax and TensorStore do, which is of many types.
+
     Attributes:
       record: what was saved beside the state.
       tree: the state as it was saved, nested dicts and lists, with shapes and types for tensors.
-
-    Raises:
-      Exception: of many types, from Orbax and TensorStore, where files are damaged.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -66,11 +65,7 @@ class Checkpoint:
         return by_name(_read(self._path, request))
 
     def check(self, sums: dict[str, int]) -> None:
-        """Raises UserError unless tensors are those that were saved.
-
-        Args:
-          sums: the `fingerprint` of each.
-        """
+        """Raises UserError unless tensors are those that were saved; `sums`: their fingerprints."""
         saved = self.record["fingerprint"]
         if isinstance(saved, list):  # the sort is stable: within a part it keeps the tree's order
             names = sorted(by_name(self.tree), key=lambda name: _LISTED.index(name.split("/")[0]))
@@ -92,26 +87,18 @@ def steps_in(directory: pathlib.Path) -> list[int]:
 def read_newest(
     directory: pathlib.Path, parts: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The newest whole checkpoint of a run, for others than the run itself.
-
-    Args:
-      parts: fields of the state to read; those that were not saved are None.
+    """The newest whole checkpoint of a run, for others than the run itself, who move nothing.
 
     Returns:
-      the parts as trees of numpy arrays, the record, and a note on every newer checkpoint that is
-      damaged (all are left as they are).
-
-    Raises:
-      UserError: none is whole.
+      those `parts` of the state as trees of numpy arrays, None for one that was not saved; the
+      record; and a note on every newer checkpoint that is damaged.
     """
     notes = []
     for step in reversed(steps_in(directory)):
         try:
             checkpoint = Checkpoint(directory.absolute() / str(step))
             chosen = {part: checkpoint.tree.get(part) for part in parts}
-            tensors = checkpoint.read(
-                {part: tree for part, tree in chosen.items() if tree is not None}
-            )
+            tensors = checkpoint.read({k: tree for k, tree in chosen.items() if tree is not None})
             checkpoint.check({name: _sum_bits(x) for name, x in tensors.items()})
         except Exception as error:
             notes.append(f"checkpoint {step} is damaged and passed over ({first_line(error)})")
@@ -134,34 +121,21 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
-        )
-        return ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "record")
-        )
-
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return steps_in(self.directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts writing the checkpoint of `step`, unless that was done just before.
 
-        Raises:
-          UserError: this save could not start, or the one before it failed.
+        Raises UserError if this save could not start, or the one before it failed.
         """
         if step == self._newest:
             return
         sums = jax.device_get(fingerprint(state)).tolist()
         record = record | {"fingerprint": dict(zip(by_name(state), sums, strict=True))}
+        items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
         with self._explain_failure(step):
-            self._manager.save(  # waits for the save before
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))  # waits for the save before
         if self._newest is not None:
             self._forget_none_yet()
         self._newest = step
@@ -184,7 +158,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            kept = [s for s in self.steps() if s != step]
+            kept = [s for s in steps_in(self.directory) if s != step]
             raise UserError(
                 f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
                 f"Complete checkpoints: {kept or 'none'}. Make room or mend the disk, then start "
@@ -199,20 +173,16 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (state, record); None where there is none.
 
-        The processes agree after every phase: what one of them cannot read, all pass over.
-
-        Those that are damaged are reported and passed over and, once a whole one is found, renamed
-        to `damaged-STEP`.
+        The processes agree after every phase: what one of them cannot read, all pass over. Damaged
+        ones are reported and, once a whole one is found, renamed to `damaged-STEP`.
 
         Args:
-          abstract_state: shapes, types and shardings to restore into. The device count may differ
-            from the run that saved.
+          abstract_state: shapes, types and shardings to restore into, on any device count.
           check: raises if the record belongs to another run; its error is passed on.
           younger: tensors by name that older checkpoints lack, with the values they stand for.
 
         Raises:
-          UserError: there are checkpoints and none is whole, or one is whole but does not
-            hold the tensors of `abstract_state`.
+          UserError: none is whole, or one is whole but does not hold the tensors asked for.
         """
         steps = self._agreed_steps()
         damaged: dict[int, str] = {}
@@ -220,10 +190,8 @@ class Checkpoints:
             try:
                 state, record = self._restore(step, abstract_state, check, younger)
             except _DamagedError as error:
-                logging.error(
-                    "CHECKPOINT %d IN %s IS DAMAGED AND PASSED OVER: %s",
-                    *(step, self.directory, error),
-                )
+                text = "CHECKPOINT %d IN %s IS DAMAGED AND PASSED OVER: %s"
+                logging.error(text, step, self.directory, error)
                 damaged[step] = str(error)
                 continue
             for other in damaged:
@@ -241,11 +209,7 @@ class Checkpoints:
     def begin(self, traces: Sequence[str]) -> None:
         """Notes that a run begins at step 0, and has no checkpoint to lose yet.
 
-        Args:
-          traces: what else in the workdir tells of steps that were made, in words.
-
-        Raises:
-          UserError: there were checkpoints before.
+        Raises UserError if it was under way before, of which `traces` in the workdir tell as well.
         """
 
         def note() -> None:
@@ -255,9 +219,8 @@ class Checkpoints:
             if found:
                 raise UserError(
                     f"{self.directory} holds no checkpoint that can be read, but this run was "
-                    f"under way before ({', '.join(found)}), and no run starts over by itself: put "
-                    "a checkpoint back, choose a new --workdir, or move these away to begin at "
-                    "step 0"
+                    f"under way before ({', '.join(found)}): put a checkpoint back, choose a new "
+                    "--workdir, or move these away to begin at step 0"
                 )
             write_atomically(marker, "")
 
@@ -271,7 +234,8 @@ class Checkpoints:
 
     def _agreed_steps(self) -> list[int]:
         """The steps that any process sees, ascending."""
-        seen = [json.loads(text) for text in tell_all(json.dumps(in_every_process(self.steps)))]
+        own = in_every_process(steps_in, self.directory)
+        seen = [json.loads(text) for text in tell_all(json.dumps(own))]
         if any(seen) and not all(seen):
             raise UserError(
                 f"--workdir: process {seen.index([])} sees no checkpoint in {self.directory} where "
@@ -289,21 +253,21 @@ class Checkpoints:
         checkpoint = _agree(Checkpoint, self.directory / str(step))
         in_every_process(check, checkpoint.record)
         wanted, saved = by_name(abstract_state), by_name(checkpoint.tree)
-        lacking = younger.keys() & (wanted.keys() - saved.keys())
-        if wanted.keys() != saved.keys() | lacking:
+        absent, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
+        lacking = absent & younger.keys()
+        if (missing := absent - lacking) or unexpected:
+            differing = {"missing": missing, "unexpected": unexpected}.items()
+            found = [f"{len(x)} tensors {what} ({min(x)}, ...)" for what, x in differing if x]
             raise UserError(
                 f"checkpoint {step} in {self.directory} is whole but not of this program: "
-                f"{_some(wanted.keys() - saved.keys(), 'missing')}, "
-                f"{_some(saved.keys() - wanted.keys(), 'unexpected')}. Continue it with the "
-                "version that wrote it (its record names it), or start again with a new workdir."
+                f"{', '.join(found)}. Continue it with the version that wrote it (its record names "
+                "it), or start again with a new workdir"
             )
         # Asked for in the tree that was saved: an absent part (None) need not be in both.
         tensors = _agree(checkpoint.read, _map_names(wanted.__getitem__, checkpoint.tree))
         for name in lacking:
-            place = wanted[name].sharding
-            tensors[name] = jax.make_array_from_callback(
-                wanted[name].shape, place, younger[name].__getitem__
-            )
+            like, read = wanted[name], younger[name].__getitem__
+            tensors[name] = jax.make_array_from_callback(like.shape, like.sharding, read)
         state = _map_names(tensors.__getitem__, abstract_state)
         sums = jax.device_get(fingerprint(state)).tolist()  # all processes at once
         sums = dict(zip(by_name(state), sums, strict=True))
@@ -342,18 +306,13 @@ def save_params(folder: PathLike, params: Any) -> None:
 
 
 def read_params(folder: pathlib.Path) -> Any:
-    """The tree of numpy arrays that `save_params` wrote, whatever devices held it.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """The tree of numpy arrays that `save_params` wrote, whatever devices held it."""
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute()).tree
         return _read(folder.absolute(), tree)
     except Exception as error:
-        raise UserError(
-            f"{folder}: not a readable Orbax checkpoint ({first_line(error)})"
-        ) from error
+        reason = first_line(error)
+        raise UserError(f"{folder}: not a readable Orbax checkpoint ({reason})") from error
 
 
 def _read(folder: pathlib.Path, request: Any) -> Any:
@@ -362,22 +321,16 @@ def _read(folder: pathlib.Path, request: Any) -> Any:
     Leaves that are a `ShapeDtypeStruct` come as it says, any other as numpy arrays.
     """
 
-    def arguments(leaf: Any) -> ocp.RestoreArgs:
+    def how(leaf: Any) -> ocp.RestoreArgs:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return ocp.RestoreArgs(restore_type=np.ndarray)
-        return ocp.ArrayRestoreArgs(
-            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
-        )
+        shape, dtype = leaf.shape, leaf.dtype
+        return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=shape, dtype=dtype)
 
+    item, hows = jax.tree.map(lambda _: 0, request), jax.tree.map(how, request)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=hows, partial_restore=True)
     # A checkpointer would look for a file of its own that a part of a step does not have.
-    return ocp.PyTreeCheckpointHandler().restore(
-        folder,
-        args=ocp.args.PyTreeRestore(
-            item=jax.tree.map(lambda _: 0, request),
-            restore_args=jax.tree.map(arguments, request),
-            partial_restore=True,
-        ),
-    )
+    return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
 
 def by_name(tree: Any) -> dict[str, Any]:
@@ -399,8 +352,3 @@ def _sum_bits(x: np.ndarray) -> int:
     """As `fingerprint` does, of one host array."""
     bits = np.ascontiguousarray(x).view(f"uint{x.dtype.itemsize * 8}")
     return int(bits.sum(dtype=np.uint32))
-
-
-def _some(names: Collection[str], what: str) -> str:
-    first = f" ({sorted(names)[0]}, ...)" if names else ""
-    return f"{len(names)} tensors {what}{first}"

@@ -33,12 +33,11 @@ def explain_failure(path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "see that its folder is there and can be written to"
         if error.errno in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
             remedy = "make room there and start again"
         elif error.errno in _NOT_ALLOWED:
             remedy = "choose a place that you may write to"
-        else:
-            remedy = "see that its folder is there and can be written to"
         shown = str(path).replace(f"/{_PARTIAL}", "")
         reason = error.strerror or error
         raise UserError(f"{shown}: could not be written ({reason}); {remedy}") from error
@@ -78,10 +77,9 @@ def complete_or_absent(path: PathLike) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def complete_or_absent_folder(path: PathLike) -> Iterator[epath.Path]:
-    """Gives a temporary folder, whose content becomes that of `path` if the block ends well.
+    """Gives a temporary folder, whose content replaces that of `path` if the block ends well.
 
-    What `path` holds under the same names is replaced. After a kill the folder is `unfinished`,
-    and the next attempt starts from nothing.
+    Other names in `path` stay. After a kill it is `unfinished`; the next attempt starts afresh.
     """
     path = epath.Path(path)
     partial = path / _PARTIAL  # inside, as `path` may be a mounted disk of its own
@@ -119,11 +117,7 @@ def append_line(path: PathLike, line: str) -> None:
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The object in a JSON file; UserError where there is none."""
     try:
         content = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -135,9 +129,9 @@ def read_json(path: PathLike) -> dict[str, Any]:
 
 def read_json_lines(path: PathLike) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; without those half-written, none without a file."""
-    path = epath.Path(path)
     objects = []
-    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+    content = epath.Path(path).read_bytes() if epath.Path(path).exists() else b""
+    for line in content.decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # a process died here
             objects.append(json.loads(line))
     return [x for x in objects if isinstance(x, dict)]

@@ -20,24 +20,19 @@ T = TypeVar("T")
 
 
 def in_every_process(function: Callable[..., T], *args: object) -> T:
-    """`function(*args)`, which succeeds in every process or raises in every one.
+    """`function(*args)`, or an error in every process: its own, or a UserError with the others'.
 
     Without this, one process would leave and the others wait for it in their next collective. The
     function itself must not contain collectives that a failure could miss.
-
-    Raises:
-      the process's own error, or a UserError with those of the others.
     """
     if jax.process_count() == 1:
         return function(*args)
-    result, own = None, None
     try:
         result = function(*args)
     except Exception as error:  # Whatever it is, the others must learn of it.
-        own = error
-    told = tell_all("" if own is None else first_line(own) or "failed")
-    if own is not None:
-        raise own
+        tell_all(first_line(error) or "failed")
+        raise
+    told = tell_all("")
     if problems := [f"process {i}: {text}" for i, text in enumerate(told) if text]:
         raise UserError("; ".join(problems))
     return result
@@ -71,10 +66,8 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps a second run out of `workdir` for as long as the block, or the process, lives.
 
     Process 0 holds a lock of the operating system on a file in `workdir`, which a kill releases.
-    Where the file system has none (buckets, some network disks) a note is logged instead.
-
-    Raises:
-      UserError: in every process, if another run holds it; it names host and process.
+    Where the file system has none (buckets, some network disks) a note is logged instead. If
+    another run holds it, every process raises a UserError that names its host and process.
     """
     file = in_process_0(_lock, workdir / "lock")
     try:
