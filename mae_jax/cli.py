@@ -154,17 +154,12 @@ def add_overrides(parser: Parser) -> None:
     group = parser.add_argument_group("what weights do not tell of themselves")
     group.add_argument("--heads", type=int, help="attention heads of the encoder")
     group.add_argument("--decoder_heads", type=int, help="attention heads of the decoder")
-    group.add_argument(
-        "--image_size", type=image_size, help="side, or height,width, the weights were trained at"
-    )
+    group.add_argument("--image_size", type=image_size, help="side, or height,width, trained at")
     group.add_argument("--target", choices=tuple(TARGETS), help="what the decoder predicts")
     group.add_argument("--mean", type=numbers, help="of the input's channels, pixels in [0, 1]")
     group.add_argument("--std", type=numbers, help="of the input's channels, pixels in [0, 1]")
-    group.add_argument(
-        "--class_names",
-        type=class_names,
-        help="file of names, one a line, in place of those the weights carry; none: forget those",
-    )
+    names = "file of names, one a line, in place of those the weights carry; none: forget those"
+    group.add_argument("--class_names", type=class_names, help=names)
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -358,11 +358,9 @@ def _in_range(value: float, ranges: str) -> bool:
 
 def _problems(config: ConfigDict) -> Iterator[str]:
     """What is wrong with fields that are each in their range."""
-    task, batch = config.task, config.batch_size
+    task, batch, defaults = config.task, config.batch_size, flatten(default_config().to_dict())
     for name, value in flatten(config.to_dict()).items():
-        default = FIELDS[name].default
-        default = list(default) if isinstance(default, tuple) else default
-        if value != default and task not in FIELDS[name].tasks:
+        if value != (default := defaults[name]) and task not in FIELDS[name].tasks:
             yield f"{name} = {value!r}: task {task} has no use for this field; leave it {default!r}"
     if task in (*TUNE, *PROBE) and not config.init_from:
         recipe = " (the supervised recipe is configs/scratch.py)" * (task in TUNE)

@@ -59,6 +59,5 @@ def main(config: ConfigDict) -> None:
     print(f"{mesh.size} x {device.device_kind}, batch {config.batch_size}, {config.compute_dtype}")
     print(f"images/s: median {rate:.1f}, range {min(rates):.1f} to {max(rates):.1f}")
     print(f"model FLOP/s a device: {flops:.3e}")
-    peak = peak_flops(device)
-    if peak is not None:
+    if peak := peak_flops(device):
         print(f"MFU: {flops / peak:.1%} of {peak:.3e}")

@@ -243,13 +243,7 @@ class Checkpoints:
             )
         return sorted(set().union(*seen))
 
-    def _restore(
-        self,
-        step: int,
-        abstract_state: Any,
-        check: Callable[[dict[str, Any]], None],
-        younger: Mapping[str, np.ndarray],
-    ) -> tuple[Any, dict[str, Any]]:
+    def _restore(self, step: int, abstract_state: Any, check: Callable, younger: Mapping) -> tuple:
         checkpoint = _agree(Checkpoint, self.directory / str(step))
         in_every_process(check, checkpoint.record)
         wanted, saved = by_name(abstract_state), by_name(checkpoint.tree)
