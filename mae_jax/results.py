@@ -152,10 +152,8 @@ def _percent(values: list[float | None]) -> str:
     """`83.57 ± 0.09 (4)` of fractions; one alone without deviation."""
     if None in values:
         return "-"
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(values):.2f} ({len(values)})"
+    spread = f" ± {100 * statistics.stdev(values):.2f} ({len(values)})" if values[1:] else ""
+    return f"{100 * statistics.fmean(values):.2f}{spread}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

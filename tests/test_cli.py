@@ -82,6 +82,8 @@ FIELDS = [
     ("optim.eps", "-1"),
     ("optim.warmup_steps", "-5"),
     ("data.std", "0"),
+    ("data.std", "0.2,0,0.2"),
+    ("seed", "-1"),
     ("model.image_size", "abc"),
     ("model.heads", "-1"),
     ("decoder.heads", "0"),

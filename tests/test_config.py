@@ -291,37 +291,6 @@ def test_a_command_line_gives_values_of_the_fields_type(name, text, value):
     assert (found, type(found)) == (value, type(value))
 
 
-def test_a_tuple_given_twice_is_what_was_given_last():
-    config = default_config()
-    for text in ("16", "32"):
-        config_lib.override(config, "model.image_size", text)
-    assert config_lib.image_size(config) == (32, 32)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("model.depth", "-1"),
-        ("model.heads", "-1"),
-        ("optim.clip_norm", "-1"),
-        ("optim.weight_decay", "-5"),
-        ("optim.b1", "1.5"),
-        ("optim.eps", "-1"),
-        ("optim.warmup_steps", "-5"),
-        ("data.std", "0"),
-        ("data.std", "0.2,0,0.2"),
-        ("decoder.heads", "0"),
-        ("decoder.width", "0"),
-        ("mesh.fsdp", "0"),
-        ("mask.ratio", "1"),
-        ("seed", "-1"),
-    ],
-)
-def test_what_was_once_taken_in_silence_is_refused(name, text):
-    with pytest.raises(UserError, match=rf"^{name} = "):
-        config_lib.override(default_config(), name, text)
-
-
 def test_dependent_values_fit_a_shorter_run_and_a_smaller_batch():
     config = load("quickstart.py")
     assert config_lib.adjustments(config, 1000) == []
