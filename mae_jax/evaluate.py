@@ -42,16 +42,8 @@ from mae_jax import UserError, cli
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
+from mae_jax.evaluators import robustness as benchmarks
 from mae_jax.evaluators.over_split import OverSplit, means
-from mae_jax.evaluators.robustness import (
-    ALEXNET_ERRORS,
-    BENCHMARKS,
-    Benchmark,
-    corrupted,
-    corruption_errors,
-    occurring_classes,
-    require_present,
-)
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.class_names import require_same_classes
 from mae_jax.models.classifier import classification_sums
@@ -63,15 +55,12 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 class Scorer:
-    """Scores data sets with one classifier.
+    """Scores data sets with one classifier; UserError where the weights have no head.
 
     Args:
       batch_size: pictures at once; rounded up to a multiple of the devices.
       crop: crop over resized side; 0: 224/256 up to 224 px, else 1.
       mesh: whose devices share each batch; None for all.
-
-    Raises:
-      UserError: the weights have no head.
     """
 
     def __init__(
@@ -98,11 +87,7 @@ class Scorer:
         self._run = OverSplit(score, mesh, batch_size)
 
     def check(self, source: Source) -> str:
-        """Raises UserError where labels are missing or are not the classifier's.
-
-        Returns:
-          a note where the names of the classes could not be compared, else an empty string.
-        """
+        """Raises UserError where labels are missing or not the classifier's; a note, or nothing."""
         where = f"{source.name}, split {source.split},"
         if source.num_classes is None or source[0].label < 0:
             raise UserError(
@@ -130,11 +115,9 @@ class Scorer:
         classes = self._spec.classes
         chosen = np.arange(classes, dtype=np.int32)
         if subset:
-            chosen = occurring_classes(source, classes)
-        inputs = self._params, chosen
-        scores, count = means(
-            self._run.over(inputs, source, self._transform, label=source.name, classes=classes)
-        )
+            chosen = benchmarks.occurring_classes(source, classes)
+        inputs, options = (self._params, chosen), {"label": source.name, "classes": classes}
+        scores, count = means(self._run.over(inputs, source, self._transform, **options))
         if not math.isfinite(scores["loss"]):
             raise UserError(f"{source.name}: the loss is {scores['loss']}; try float32")
         return {**scores, "examples": count, "classes": len(chosen)}
@@ -142,7 +125,7 @@ class Scorer:
 
 def evaluate(
     weights: str,
-    benchmark: Benchmark,
+    benchmark: benchmarks.Benchmark,
     data_dir: str,
     *,
     crop: float = 0.0,
@@ -151,12 +134,11 @@ def evaluate(
     output: str = "",
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scores the data sets of a benchmark; see the module's docstring.
+    """Scores the data sets of a benchmark; see the module's docstring, `Scorer`, `open_checkpoint`.
 
     Args:
-      crop: see `Scorer`; 0 takes the benchmark's.
+      crop: 0 takes the benchmark's.
       output: JSON file to write; empty for none.
-      overrides: see `open_checkpoint`.
 
     Returns:
       what the file holds: "weights", "settings", "sets" {name: scores}, their means, "mce" where
@@ -166,7 +148,7 @@ def evaluate(
       UserError: what is wrong with the weights, the data or the options.
     """
     if len(benchmark.data) > 1 and data_dir:
-        require_present(benchmark.data, data_dir)
+        benchmarks.require_present(benchmark.data, data_dir)
     open_source(benchmark.data[0], data_dir, benchmark.split)  # is it there? before work is done
     checkpoint = cli.open_weights(weights, overrides)
     crop = crop or benchmark.crop
@@ -181,12 +163,9 @@ def evaluate(
         "model": str(checkpoint.spec),
     }
     before = _read_unfinished(output, settings)
-    result: dict[str, Any] = {
-        "weights": checkpoint.source,
-        "notes": list(dict.fromkeys([*checkpoint.notes, *before.get("notes", ())])),
-        "settings": settings,
-        "sets": before.get("sets", {}),
-    }
+    notes = list(dict.fromkeys([*checkpoint.notes, *before.get("notes", ())]))
+    sets = before.get("sets", {})
+    result = {"weights": checkpoint.source, "notes": notes, "settings": settings, "sets": sets}
 
     def write() -> None:
         if output:
@@ -194,16 +173,16 @@ def evaluate(
 
     write()  # a file that cannot be written is noticed now
     for name in benchmark.data:
-        if name in result["sets"]:
+        if name in sets:
             continue
         source = open_source(name, data_dir, benchmark.split)
         note = scorer.check(source)
-        if note and note not in result["notes"]:
-            result["notes"].append(note)
+        if note and note not in notes:
+            notes.append(note)
             print(f"note: {note}", file=sys.stderr)
-        result["sets"][name] = scorer(source, subset=benchmark.subset)
+        sets[name] = scorer(source, subset=benchmark.subset)
         write()
-    result |= _summary(checkpoint.source, benchmark, result["sets"])
+    result |= _summary(checkpoint.source, benchmark, sets)
     write()
     return result
 
@@ -221,52 +200,42 @@ def _read_unfinished(output: str, settings: dict[str, Any]) -> dict[str, Any]:
             f"--output={output}: the file holds another evaluation (other {', '.join(differing)}); "
             "delete it, or choose another"
         )
-    print(
-        f"{output} holds {len(old['sets'])} of {len(settings['data'])} data set(s) already",
-        file=sys.stderr,
-    )
+    count = f"{len(old['sets'])} of {len(settings['data'])}"
+    print(f"{output} holds {count} data set(s) already", file=sys.stderr)
     return old
 
 
 def _summary(
-    weights: str, benchmark: Benchmark, sets: dict[str, dict[str, float]]
+    weights: str, benchmark: benchmarks.Benchmark, sets: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """Means over data sets, the corruption errors of ImageNet-C, and all of it as a row."""
-    mean = {
-        field: statistics.fmean(scores[field] for scores in sets.values())
+    top1, top5, loss = (
+        statistics.fmean(scores[field] for scores in sets.values())
         for field in ("top1", "top5", "loss")
-    }
-    errors = {
-        name: [1 - sets[data]["top1"] for data in corrupted(name)]
-        for name in ALEXNET_ERRORS
-        if set(corrupted(name)) <= sets.keys()
-    }
-    summary: dict[str, Any] = {**mean, "examples": sum(s["examples"] for s in sets.values())}
-    shown = f"{benchmark.data[0]}, {benchmark.split}"
-    if errors:
-        summary["corruption_errors"] = corruption_errors(errors)
-        shown = f"imagenet2012_corrupted ({', '.join(errors)})"
-    if errors.keys() == ALEXNET_ERRORS.keys():
-        summary["mce"] = statistics.fmean(summary["corruption_errors"].values())
-        shown = "imagenet2012_corrupted"
-    cells = (
-        weights,
-        shown,
-        f"{summary['examples']:,}",
-        f"{100 * mean['top1']:.2f}",
-        f"{100 * mean['top5']:.2f}",
-        f"{mean['loss']:.4f}",
-        f"{summary['mce']:.1f}" if "mce" in summary else "-",
     )
-    return {**summary, "markdown_header": HEADER, "markdown": f"| {' | '.join(cells)} |"}
+    examples = sum(scores["examples"] for scores in sets.values())
+    summary: dict[str, Any] = {"top1": top1, "top5": top5, "loss": loss, "examples": examples}
+    errors = {
+        name: [1 - sets[data]["top1"] for data in benchmarks.corrupted(name)]
+        for name in benchmarks.ALEXNET_ERRORS
+        if set(benchmarks.corrupted(name)) <= sets.keys()
+    }
+    shown, mce = f"{benchmark.data[0]}, {benchmark.split}", "-"
+    if errors:
+        summary["corruption_errors"] = benchmarks.corruption_errors(errors)
+        shown = f"imagenet2012_corrupted ({', '.join(errors)})"
+    if errors.keys() == benchmarks.ALEXNET_ERRORS.keys():
+        summary["mce"] = statistics.fmean(summary["corruption_errors"].values())
+        shown, mce = "imagenet2012_corrupted", f"{summary['mce']:.1f}"
+    scores = f"{100 * top1:.2f} | {100 * top5:.2f} | {loss:.4f} | {mce}"
+    row = f"| {weights} | {shown} | {examples:,} | {scores} |"
+    return {**summary, "markdown_header": HEADER, "markdown": row}
 
 
-def choose_benchmark(data: str, split: str, robustness: str, corruptions: str) -> Benchmark:
-    """What the command line asks for.
-
-    Raises:
-      UserError: options that contradict each other.
-    """
+def choose_benchmark(
+    data: str, split: str, robustness: str, corruptions: str
+) -> benchmarks.Benchmark:
+    """What the command line asks for; UserError for options that contradict each other."""
     if bool(data) == bool(robustness):
         raise UserError("give one of --data and --robustness")
     if corruptions and robustness != "c":
@@ -274,17 +243,16 @@ def choose_benchmark(data: str, split: str, robustness: str, corruptions: str) -
     if robustness and split:
         raise UserError("--split belongs to --data; a benchmark has its own")
     if data:
-        return Benchmark((data,), split or "validation")
-    benchmark = BENCHMARKS[robustness]
+        return benchmarks.Benchmark((data,), split or "validation")
     if not corruptions:
-        return benchmark
+        return benchmarks.BENCHMARKS[robustness]
     names = list(dict.fromkeys(corruptions.split(",")))
-    if unknown := [name for name in names if name not in ALEXNET_ERRORS]:
-        raise UserError(
-            f"--corruptions: there is no {', '.join(unknown)}; choose from "
-            + ", ".join(ALEXNET_ERRORS)
-        )
-    return dataclasses.replace(benchmark, data=sum(map(corrupted, names), ()))
+    if unknown := [name for name in names if name not in benchmarks.ALEXNET_ERRORS]:
+        known = ", ".join(benchmarks.ALEXNET_ERRORS)
+        raise UserError(f"--corruptions: there is no {', '.join(unknown)}; choose from {known}")
+    return dataclasses.replace(
+        benchmarks.BENCHMARKS["c"], data=sum(map(benchmarks.corrupted, names), ())
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -295,15 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="", help="TFDS data dir, or the folder of images")
     parser.add_argument("--split", default="", help="of --data (default: validation)")
     parser.add_argument(
-        "--robustness", default="", choices=tuple(BENCHMARKS), help="a benchmark, not --data"
+        "--robustness", default="", choices=benchmarks.BENCHMARKS, help="instead of --data"
     )
     parser.add_argument("--corruptions", default="", help="some of c's, as fog,snow; gives no mCE")
-    parser.add_argument(
-        "--crop",
-        type=float,
-        default=0.0,
-        help="crop over resized side (default: 224/256 up to 224 px; above, and for c, 1)",
-    )
+    crop = "crop over resized side (default: 224/256 up to 224 px; above, and for c, 1)"
+    parser.add_argument("--crop", type=float, default=0.0, help=crop)
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", default="", help="JSON file to write")

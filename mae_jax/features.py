@@ -17,11 +17,12 @@ if __name__ == "__main__":
 
     raise SystemExit(start("features"))
 
+import argparse
 import os
 import pathlib
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,54 +41,32 @@ from mae_jax.storage.files import complete_or_absent
 KINDS = ("cls", "mean", "tokens", "logits")
 
 
-def extract(
-    weights: str,
-    images: str,
-    output: str,
-    *,
-    kinds: tuple[str, ...] = (),
-    block: int = 0,
-    batch_size: int = 64,
-    dtype: str = "float32",
-    bad_records: str = "stop",
-    overrides: Mapping[str, Any] | None = None,
-) -> pathlib.Path:
-    """Writes `output`; see the module's docstring.
-
-    Args:
-      kinds: of `KINDS`; empty for the token a head reads, `cls` where there is none.
-      batch_size: pictures at once; rounded up to a multiple of the devices.
-      bad_records: `skip` leaves out pictures that cannot be decoded, `stop` ends at the first.
-      overrides: see `open_checkpoint`.
-
-    Raises:
-      UserError: bad weights, no pictures, `output` is not an .npz, its parts belong to another
-        extraction, there are no logits, or a picture that cannot be read, by name.
-    """
-    path = pathlib.Path(output)
+def extract(args: argparse.Namespace) -> pathlib.Path:
+    """Writes `args.output`, its options those of `main`; see the module's docstring."""
+    path = pathlib.Path(args.output)
     if path.suffix != ".npz":
-        raise UserError(f"--output={output}: the result is an .npz file")
-    root = pathlib.Path(images).expanduser().resolve()
+        raise UserError(f"--output={path}: the result is an .npz file")
+    root = pathlib.Path(args.images).expanduser().resolve()
     names = sorted(list_pictures(root, "--images"))
-    checkpoint = cli.open_weights(weights, overrides)
+    checkpoint = cli.open_weights(args.weights, cli.overrides(args))
     d = checkpoint.spec
-    kinds = kinds or (d.summary,)
-    compute = features_function(d, block=block, dtype=jnp.dtype(dtype))
-    if "logits" in kinds and not (d.classes and block in (0, d.depth)):
+    kinds = tuple(dict.fromkeys(args.kind)) or (d.summary,)
+    compute = features_function(d, block=args.block, dtype=jnp.dtype(args.dtype))
+    if "logits" in kinds and not (d.classes and args.block in (0, d.depth)):
         raise UserError("--kind=logits: needs a classifier, and all of its blocks")
 
     def features(params: Any, batch: dict, _: jax.Array) -> dict:
         values = compute(params, batch["image"])
         return {kind: values[kind] for kind in kinds} | {"weight": batch["weight"]}
 
-    run = OverSplit(features, make_mesh(), batch_size)
+    run = OverSplit(features, make_mesh(), args.batch_size)
     key = {
         "weights": checkpoint.digest(),
         "images": str(root),
         "kinds": list(kinds),
         "model": str(d),
-        "block": block,
-        "dtype": dtype,
+        "block": args.block,
+        "dtype": args.dtype,
     }
     folder = path.with_name(path.name + ".parts")
     status = [os.stat(root / name) for name in names]
@@ -105,7 +84,7 @@ def extract(
             PictureFiles(root, names),
             EvalTransform(size=d.image_size, channels=d.channels),
             label="features",
-            bad_records=bad_records,
+            bad_records=args.bad_records,
         )
     except DecodeError as error:
         raise DecodeError(
@@ -145,41 +124,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", required=True, help="workdir, file or folder")
     parser.add_argument("--images", required=True, help="folder; its sub-folders are searched")
     parser.add_argument("--output", required=True, help="the .npz to write")
-    parser.add_argument(
-        "--kind",
-        nargs="+",
-        choices=KINDS,
-        default=[],
-        help="what to keep (default: cls; mean for weights fine-tuned on the mean token)",
-    )
-    parser.add_argument(
-        "--block",
-        type=int,
-        default=0,
-        help="tokens after this block (1 to depth), through the final norm if there is one; "
-        "0: the last block",
-    )
+    kinds = "what to keep (default: cls; mean for weights fine-tuned on the mean token)"
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=[], help=kinds)
+    block = "tokens after this block (1 to depth) and the final norm, if there is one; 0: the last"
+    parser.add_argument("--block", type=int, default=0, help=block)
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at once, all devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--bad_records",
-        choices=("stop", "skip"),
-        default="stop",
-        help="skip leaves out pictures that cannot be decoded; names tell which are there",
-    )
+    skip = "skip leaves out pictures that cannot be decoded; names tell which are there"
+    parser.add_argument("--bad_records", choices=("stop", "skip"), default="stop", help=skip)
     cli.add_overrides(parser)
-    args = parser.parse_args(argv)
-    path = extract(
-        args.weights,
-        args.images,
-        args.output,
-        kinds=tuple(dict.fromkeys(args.kind)),
-        block=args.block,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        bad_records=args.bad_records,
-        overrides=cli.overrides(args),
-    )
+    path = extract(parser.parse_args(argv))
     with np.load(path) as result:
         shapes = ", ".join(f"{name} {list(result[name].shape)}" for name in result.files)
     print(f"wrote {path}: {shapes}")

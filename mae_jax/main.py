@@ -149,8 +149,8 @@ def train_and_evaluate(
 
     with closing(MetricsWriter(setup.workdir, start_step)) as writer:
         inputs = task.inputs(data, state, setup.workdir)
-        shardings, limit = shardings_of(setup.abstract), config.eval.batches
-        evaluate = Evaluation(task, inputs, mesh, writer, shardings, max_batches=limit)
+        shardings = shardings_of(setup.abstract)
+        evaluate = Evaluation(task, inputs, writer, shardings, config.eval.batches)
         if start_step == total_steps:
             missing = evaluation_at(setup.workdir, total_steps) is None
             if tell_all(str(missing))[0] == "True":  # whoever lost the metrics, all evaluate

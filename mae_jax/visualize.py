@@ -23,38 +23,6 @@ from mae_jax.pretrained import Model
 from mae_jax.storage.files import write_png
 
 
-def reconstruct_files(
-    weights: str, files: Sequence[str], ratios: Sequence[float], *, seed: int, **overrides: object
-) -> np.ndarray:
-    """Reconstructions of picture files at several mask ratios, one block of rows a ratio.
-
-    Args:
-      weights: with a decoder; see `mae_jax.load`.
-      seed: of the masks.
-      overrides: what the weights do not tell of themselves.
-
-    Returns:
-      [height, width, 3] uint8.
-
-    Raises:
-      UserError: bad weights, no decoder, a ratio that hides nothing or everything, or a picture
-        that cannot be read, by name.
-    """
-    model = Model(weights, **overrides)
-    images = model.pixels(files)  # [B, H, W, C]
-    sheets = [
-        reconstruction_grid(
-            images,
-            **model.reconstruct(images, ratio, seed),
-            names=[pathlib.Path(file).name for file in files],
-            title=model.source,
-            note=TARGETS[model.spec.target].note,
-        )
-        for ratio in ratios
-    ]
-    return np.concatenate(sheets)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = cli.Parser("visualize", __doc__)
@@ -67,9 +35,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.output.endswith(".png"):
         raise UserError(f"--output={args.output}: the result is a .png file")
-    overrides = cli.overrides(args)
-    sheet = reconstruct_files(
-        args.weights, args.images, args.mask_ratio, seed=args.seed, **overrides
-    )
-    write_png(args.output, sheet)
+    model = Model(args.weights, **cli.overrides(args))
+    images = model.pixels(args.images)  # [B, H, W, C]
+    sheets = [  # one block of rows a ratio
+        reconstruction_grid(
+            images,
+            **model.reconstruct(images, ratio, args.seed),
+            names=[pathlib.Path(file).name for file in args.images],
+            title=model.source,
+            note=TARGETS[model.spec.target].note,
+        )
+        for ratio in args.mask_ratio
+    ]
+    write_png(args.output, np.concatenate(sheets))
     print(f"wrote {args.output}")

@@ -15,19 +15,12 @@ ERASE_TRIES = 10
 
 
 def soft_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Labels as distributions over classes, smoothed.
+    """Labels, int [B] in [0, K), as smoothed distributions over the K classes: float32 [B, K].
 
-    Args:
-      labels: int [B], in [0, classes).
-      classes: K.
-      smoothing: share s of the probability spread over all K classes.
-
-    Returns:
-      float32 [B, K]: 1 - s + s / K at the label, s / K elsewhere.
+    With a smoothing of s: 1 - s + s / K at the label, s / K elsewhere.
     """
-    return jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (1 - smoothing) + (
-        smoothing / classes
-    )
+    one_hot = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    return one_hot * (1 - smoothing) + smoothing / classes
 
 
 def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
@@ -38,12 +31,9 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> ja
     both directions, nothing is erased.
 
     Args:
-      images: float [B, H, W, C], normalised.
+      images: float [B, H, W, C], normalised; the result has the same shape and dtype.
       keys: [B].
       probability: that an image is erased.
-
-    Returns:
-      [B, H, W, C], same dtype.
     """
     return jax.vmap(_erase, in_axes=(0, 0, None))(images, keys, probability)
 
@@ -84,8 +74,8 @@ def mix(
     """Mixes each image with a partner, by mixup (arXiv 1710.09412) or cutmix (1905.04899).
 
     Neighbours in the batch form groups. A group draws one of the two ways and one lambda, and is
-    mixed with itself reversed: timm's mode `batch`, where the group is the batch of one GPU. The
-    size of a group is therefore part of the recipe (16 to 32 in the reference).
+    mixed with itself reversed: timm's mode `batch`, where the group is the batch of one GPU (16 to
+    32 images in the reference).
 
     Args:
       images: float [B, H, W, C].
@@ -135,9 +125,7 @@ def cutmix_box(
     """The box of cutmix: 1 - lam of the picture's area and its shape, cut off at the borders.
 
     Args:
-      lam: scalar in [0, 1].
       y, x: int scalars, the pixel the box is centred on.
-      height, width: of the picture, pixels.
 
     Returns:
       top, bottom, left, right: int scalars, pixels; bottom and right are one past the last.

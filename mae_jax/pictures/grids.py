@@ -32,7 +32,6 @@ def reconstruction_grid(
       images: [B, H, W, C] uint8. Of other channel counts than 1 and 3 the first three are shown.
       mask, loss, pixels: of `models.inference.reconstruct`; without pixels two columns remain.
       names: [B], shown with the loss of each image.
-      title: shown above, with the mean loss.
       note: of the model's target, shown below the title.
 
     Returns:
@@ -47,12 +46,10 @@ def reconstruction_grid(
     if pixels is not None:
         shown["predicted patches"] = np.where(removed, pixels, np.uint8(GREY))
         shown["predicted + visible"] = pixels
+    told = zip(names, loss, strict=True)
     return _sheet(
         np.stack(list(shown.values()), axis=1),
-        [
-            [[(f"{_short(name)}   loss {value:.4f}", BLACK)]]
-            for name, value in zip(names, loss, strict=True)
-        ],
+        [[[(f"{_short(name)}   loss {value:.4f}", BLACK)]] for name, value in told],
         title=f"{title}   mean loss {loss.mean():.4f}",
         note=note,
         columns=tuple(shown),
@@ -80,7 +77,6 @@ def prediction_grid(
       images: [B, H, W, C] uint8, with labels [B] and names [B].
       probabilities: [B, K].
       class_names: K names; None shows numbers.
-      title: shown above, with how many are right.
 
     Returns:
       [height, width, 3] uint8.
@@ -127,19 +123,15 @@ def _sheet(
     columns: Sequence[str] = (),
     min_side: int = MIN_SIDE,
 ) -> np.ndarray:
-    """Lays out pictures with text.
+    """Lays out pictures [R, K, H, W, C] uint8 with text: [height, width, 3] uint8.
 
     Args:
-      pictures: [R, K, H, W, C] uint8.
       lines: [R][K] lists of lines, below each picture; [R][1], as wide as the row, below each row.
       columns: K headings, or none. Rows with headings stand in as many blocks as there is room for.
-
-    Returns:
-      [height, width, 3] uint8.
     """
     count, across, height, width, channels = pictures.shape
     zoom = max(1, -(-min_side // max(height, width)))
-    rgb = pictures if channels == 3 else pictures[..., np.arange(3) % min(channels, 3)]
+    rgb = pictures[..., np.arange(3) % min(channels, 3)]
     rgb = rgb.repeat(zoom, axis=2).repeat(zoom, axis=3)
     height, width = height * zoom, width * zoom
     block = across * (width + GAP) - GAP

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mae_jax.augment.pixels import denormalize
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import global_batch, local_positions, replicate, replicated
-from mae_jax.pictures import grids
+from mae_jax.pictures.grids import image_grid, prediction_grid, reconstruction_grid
 from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState
 
@@ -45,63 +45,44 @@ class Drawing:
 
 
 def draw_reconstructions(task: Any, data: Splits, count: int, directory: pathlib.Path) -> Drawing:
-    """What a masked autoencoder makes of `count` images of the evaluation split.
-
-    Args:
-      task: `Pretrain`.
-    """
+    """What the autoencoder of `Pretrain` makes of `count` images of the evaluation split."""
     images, _, names = data.eval_examples(count)
 
     def draw(title: str, result: dict[str, np.ndarray]) -> np.ndarray:
-        return grids.reconstruction_grid(
-            images, **result, names=names, title=title, note=task.model.target.note
-        )
+        note = task.model.target.note
+        return reconstruction_grid(images, **result, names=names, title=title, note=note)
 
     return Drawing(task.reconstruct, images, draw, directory, task.mesh)
 
 
 def draw_predictions(task: Any, data: Splits, count: int, directory: pathlib.Path) -> Drawing:
-    """What a classifier takes `count` images of the evaluation split for.
-
-    Args:
-      task: `Finetune`.
-    """
+    """What the classifier of `Finetune` takes `count` images of the evaluation split for."""
     images, labels, names = data.eval_examples(count)
+    told = {"names": names, "class_names": data.train.class_names}
 
     def draw(title: str, probabilities: np.ndarray) -> np.ndarray:
-        return grids.prediction_grid(
-            images,
-            labels,
-            probabilities,
-            names=names,
-            class_names=data.train.class_names,
-            title=title,
-        )
+        return prediction_grid(images, labels, probabilities, title=title, **told)
 
     return Drawing(task.probabilities, images, draw, directory, task.mesh)
 
 
 def draw_augmentations(task: Any, data: Splits, path: pathlib.Path, count: int = 32) -> None:
-    """Draws training images as the model sees them: cropped, augmented, erased, mixed.
+    """Training images as `Finetune`'s model sees them: cropped, augmented, erased, mixed.
 
     They are spread over the batch of step 0, so of many mix groups.
-
-    Args:
-      task: `Finetune`.
-      path: of the PNG.
     """
-    positions = local_positions(task.batch_size, task.mesh)
+    mesh, positions = task.mesh, local_positions(task.batch_size, task.mesh)
     with data.train_batches(positions, 0, 1) as batches:
         batch = next(batches)
     arrays = {name: batch[name] for name in task.batch_schema}
-    arrays = global_batch(arrays, positions, task.batch_size, task.mesh)
+    arrays = global_batch(arrays, positions, task.batch_size, mesh)
 
     def some_images(batch: dict) -> jax.Array:
         images, _, _ = task.augmented(batch, 0)
         images = images[:: max(1, len(images) // count)][:count]
         return denormalize(images, task.mean, task.std)
 
-    images = jax.jit(some_images, out_shardings=replicated(task.mesh))(arrays)
+    images = jax.jit(some_images, out_shardings=replicated(mesh))(arrays)
     if jax.process_index() == 0:
         title = f"step 0: {len(images)} of {task.batch_size} training images as the model sees them"
-        write_png(path, grids.image_grid(np.asarray(images), title))
+        write_png(path, image_grid(np.asarray(images), title))

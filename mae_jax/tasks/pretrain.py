@@ -141,12 +141,20 @@ class Pretrain(BaseTask):
         pictures = draw_reconstructions(self, data, config.pictures.count, folder)
         actions = [Action(config.pictures.every, pictures)]
         if config.probe.every:
-            actions.append(Action(config.probe.every, Probe(config, self, writer)))
+            probe = Probe(self, data, writer, **probe_options(config))
+            actions.append(Action(config.probe.every, probe))
         return actions
 
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the encoder of a host-side `state` for others to load, with a card."""
         export_encoder(state.weights, directory, self.spec, facts)
+
+
+def probe_options(config: ConfigDict) -> dict[str, Any]:
+    """The fields of `config.probe` for `Probe`; empty names of data are those of `config.data`."""
+    options = {name: value or config.data.get(name, value) for name, value in config.probe.items()}
+    del options["every"]
+    return options
 
 
 def _is_trained(path: str) -> bool:

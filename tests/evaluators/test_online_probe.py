@@ -15,6 +15,7 @@ from mae_jax import UserError
 from mae_jax.augment.pixels import normalize
 from mae_jax.config import default_config
 from mae_jax.data.record import DecodeError, Record
+from mae_jax.data.splits import Splits
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, place
 from mae_jax.distributed.sharding import abstract_state, gather_params, shardings_of
@@ -23,6 +24,7 @@ from mae_jax.evaluators.online_probe import Probe
 from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.vit import ViT
+from mae_jax.tasks.pretrain import probe_options
 from mae_jax.train.metrics import MetricsWriter, read_metrics
 from mae_jax.train.state import create_state
 
@@ -106,6 +108,16 @@ def config_of(**fields):
     return config
 
 
+def make_probe(config, task, writer):
+    """The probe that `config` describes, as pretraining makes it."""
+    splits = Splits(
+        *(None, None, None, EvalTransform(size=(16, 16), channels=3)),
+        **{"seed": config.seed, "batch_size": 16, "classes": None, "threads": 1},
+        bad_records=config.data.bad_records,
+    )
+    return Probe(task, splits, writer, **probe_options(config))
+
+
 @pytest.fixture
 def sources(monkeypatch):
     """The two splits; tests may put others in their place."""
@@ -132,7 +144,7 @@ def test_the_probe_is_the_closed_form_on_features_of_whole_pictures(sources, poo
     # 60 and 40 examples in batches of 16: the last ones are padded.
     task, writer = SmallTask(make_mesh()), Writer()
     state = task.state()
-    Probe(config_of(**{"probe.pool": pool}), task, writer)(7, state)
+    make_probe(config_of(**{"probe.pool": pool}), task, writer)(7, state)
     [line] = writer.lines
     top1 = probe_by_hand(initial_state(seed=5).params, sources, pool=pool)
     untrained = probe_by_hand(initial_state().params, sources, pool=pool)
@@ -151,7 +163,7 @@ def test_the_average_of_the_weights_is_probed_where_one_is_kept(sources):
     task, writer = SmallTask(make_mesh()), Writer()
     state = task.state()
     worthless = jax.tree.map(jnp.zeros_like, state.params)
-    probe = Probe(config_of(), task, writer)
+    probe = make_probe(config_of(), task, writer)
     probe(1, state.replace(params=worthless))
     probe(2, state.replace(ema=worthless))
     assert writer.lines[0]["probe/top1"] == probe_by_hand(initial_state(seed=5).params, sources)
@@ -163,7 +175,7 @@ def test_the_untrained_encoder_is_that_of_the_seed_and_is_probed_once(sources):
     calls = []
     encode = task.encode
     task.encode = lambda params, images: calls.append(1) or encode(params, images)
-    probe = Probe(config_of(), task, writer)
+    probe = make_probe(config_of(), task, writer)
     untrained = probe_by_hand(initial_state().params, sources)
     ran = []
     compiled = probe._run._function
@@ -179,24 +191,24 @@ def test_the_untrained_encoder_is_that_of_the_seed_and_is_probed_once(sources):
 def test_a_mesh_that_splits_parameters_gives_the_same(sources, fsdp):
     task, writer = SmallTask(make_mesh(-1, fsdp)), Writer()
     state = task.state()
-    Probe(config_of(), task, writer)(1, state)
+    make_probe(config_of(), task, writer)(1, state)
     assert writer.lines[0]["probe/top1"] == probe_by_hand(initial_state(seed=5).params, sources)
 
 
 def test_neighbours_are_asked_where_the_config_says_so(sources):
     task, writer = SmallTask(make_mesh()), Writer()
     state = task.state()
-    Probe(config_of(**{"probe.neighbours": 7}), task, writer)(1, state)
+    make_probe(config_of(**{"probe.neighbours": 7}), task, writer)(1, state)
     expected = probe_by_hand(initial_state(seed=5).params, sources, knn_accuracy, k=7)
     assert writer.lines[0]["probe/knn"] == expected
 
 
 def chosen(config, sources):
     """Records of the training split that are looked at."""
-    probe, source = Probe(config, SmallTask(make_mesh()), Writer()), sources["train"]
+    task = SmallTask(make_mesh())
+    probe, source, state = make_probe(config, task, Writer()), sources["train"], task.state()
     source.reads.clear()
-    with probe._batches(probe._train) as batches:
-        list(batches)
+    probe(1, state)
     return set(source.reads)
 
 
@@ -220,8 +232,8 @@ def test_small_parts_are_decoded_once_and_large_ones_each_time(sources, monkeypa
     task, state = SmallTask(make_mesh()), SmallTask(make_mesh()).state()
 
     def reads(config):
-        probe, writer = Probe(config, task, Writer()), Writer()
-        probe._writer = writer
+        writer = Writer()
+        probe = make_probe(config, task, writer)
         sources["train"].reads.clear()
         probe(1, state)
         probe(2, state)
@@ -243,9 +255,11 @@ def test_each_empty_field_takes_that_of_the_training_data(monkeypatch):
 
     monkeypatch.setattr(probe_module, "open_source", open_source)
     task = SmallTask(make_mesh())
-    Probe(config_of(), task, Writer())
-    Probe(config_of(**{"probe.name": "labelled", "probe.eval_split": "test"}), task, Writer())
-    Probe(config_of(**{"probe.dir": "there", "probe.train_split": "train[:9]"}), task, Writer())
+    make_probe(config_of(), task, Writer())
+    make_probe(config_of(**{"probe.name": "labelled", "probe.eval_split": "test"}), task, Writer())
+    make_probe(
+        config_of(**{"probe.dir": "there", "probe.train_split": "train[:9]"}), task, Writer()
+    )
     assert asked == [
         ("pictures", "somewhere", "train"),
         ("pictures", "somewhere", "validation"),
@@ -290,13 +304,13 @@ def one_class(sources):
 def test_data_a_probe_cannot_use_is_refused_before_the_run(sources, change, message):
     change(sources)
     with pytest.raises(UserError, match=message):
-        Probe(config_of(), SmallTask(make_mesh()), Writer())
+        make_probe(config_of(), SmallTask(make_mesh()), Writer())
 
 
 def test_data_that_is_not_there_is_told_with_the_fields_of_the_probe():
     config = config_of(**{"probe.name": "folder", "probe.dir": "/nowhere"})
     with pytest.raises(UserError, match=r"probe\.train_split.*there is no folder /nowhere"):
-        Probe(config, SmallTask(make_mesh()), Writer())
+        make_probe(config, SmallTask(make_mesh()), Writer())
 
 
 def test_pictures_that_cannot_be_decoded_stop_the_probe_or_are_left_out(sources):
@@ -304,8 +318,8 @@ def test_pictures_that_cannot_be_decoded_stop_the_probe_or_are_left_out(sources)
     task, writer = SmallTask(make_mesh()), Writer()
     state = task.state()
     with pytest.raises(DecodeError, match="pictures/train#3"):
-        Probe(config_of(), task, writer)(1, state)
-    Probe(config_of(**{"data.bad_records": "skip"}), task, writer)(1, state)
+        make_probe(config_of(), task, writer)(1, state)
+    make_probe(config_of(**{"data.bad_records": "skip"}), task, writer)(1, state)
     assert writer.lines[0]["probe/train_examples"] == 58
     assert writer.lines[0]["probe/top1"] == probe_by_hand(initial_state(seed=5).params, sources)
 
@@ -319,7 +333,7 @@ def run_as_one_of_several(workdir):
     probe_module.open_source = lambda name, directory, split: splits[split]
     task = SmallTask(make_mesh(-1, 2))
     writer = MetricsWriter(workdir, 0)
-    Probe(config_of(), task, writer)(1, task.state())
+    make_probe(config_of(), task, writer)(1, task.state())
     writer.close()
     # Each process has looked at its own rows alone (and at the labels, before the run).
     decoded = len(splits["train"].reads) - len(range(0, 60))

@@ -68,5 +68,5 @@ def evaluate(config, devices):
     written = {}
     writer = types.SimpleNamespace(write=lambda step, scalars: written.update(scalars))
     shardings = shardings_of(abstract_state(task.init, task.mesh))
-    Evaluation(task, splits, task.mesh, writer, shardings, max_batches=0)(0, state)
+    Evaluation(task, splits, writer, shardings, max_batches=0)(0, state)
     return written
