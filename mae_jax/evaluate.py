@@ -50,8 +50,7 @@ from mae_jax.models.classifier import classification_sums
 from mae_jax.models.inference import classify_function
 from mae_jax.storage.files import read_json, write_json
 
-COLUMNS = ("weights", "data", "images", "top-1 %", "top-5 %", "loss", "mCE %")
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+HEADER = f"| weights | data | images | top-1 % | top-5 % | loss | mCE % |\n|{'---|' * 7}"
 
 
 class Scorer:
@@ -107,10 +106,6 @@ class Scorer:
         Args:
           source: that passes `check`.
           subset: whether only classes that occur in the set can be predicted.
-
-        Raises:
-          DecodeError, LabelError: a record that cannot be read or labelled, by name.
-          UserError: the loss is not finite.
         """
         classes = self._spec.classes
         chosen = np.arange(classes, dtype=np.int32)
@@ -143,9 +138,6 @@ def evaluate(
     Returns:
       what the file holds: "weights", "settings", "sets" {name: scores}, their means, "mce" where
       all corruptions were run, and "markdown", a row below `HEADER`. Accuracies are fractions.
-
-    Raises:
-      UserError: what is wrong with the weights, the data or the options.
     """
     if len(benchmark.data) > 1 and data_dir:
         benchmarks.require_present(benchmark.data, data_dir)
@@ -250,9 +242,8 @@ def choose_benchmark(
     if unknown := [name for name in names if name not in benchmarks.ALEXNET_ERRORS]:
         known = ", ".join(benchmarks.ALEXNET_ERRORS)
         raise UserError(f"--corruptions: there is no {', '.join(unknown)}; choose from {known}")
-    return dataclasses.replace(
-        benchmarks.BENCHMARKS["c"], data=sum(map(benchmarks.corrupted, names), ())
-    )
+    data_sets = sum(map(benchmarks.corrupted, names), ())
+    return dataclasses.replace(benchmarks.BENCHMARKS["c"], data=data_sets)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,7 @@ from mae_jax.storage.files import complete_or_absent
 KINDS = ("cls", "mean", "tokens", "logits")
 
 
-def extract(args: argparse.Namespace) -> pathlib.Path:
+def extract(args: argparse.Namespace) -> None:
     """Writes `args.output`, its options those of `main`; see the module's docstring."""
     path = pathlib.Path(args.output)
     if path.suffix != ".npz":
@@ -91,14 +91,17 @@ def extract(args: argparse.Namespace) -> pathlib.Path:
             f"{error.__cause__ or error}. Mend or remove it, or leave such pictures out with "
             f"--bad_records=skip; the same command then goes on after what {folder} holds"
         ) from error
-    _assemble(path, names, kinds, parts)
+    shapes = _assemble(path, names, kinds, parts)
     shutil.rmtree(folder)
-    return path
+    print(f"wrote {path}: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}")
 
 
-def _assemble(path: pathlib.Path, names: list[str], kinds: tuple[str, ...], parts: Parts) -> None:
-    """Joins the parts into one .npz, one part in memory at a time."""
+def _assemble(
+    path: pathlib.Path, names: list[str], kinds: tuple[str, ...], parts: Parts
+) -> dict[str, tuple[int, ...]]:
+    """Joins the parts into one .npz, one part in memory at a time; the shapes of its arrays."""
     there = parts.array("weight") > 0  # [N], False: not decodable
+    shapes: dict[str, tuple[int, ...]] = {}
     with (
         complete_or_absent(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -108,14 +111,15 @@ def _assemble(path: pathlib.Path, names: list[str], kinds: tuple[str, ...], part
                 done = 0
                 for block in parts.read(kind):  # [n, ...]
                     if not done:
-                        shape = (int(there.sum()), *block.shape[1:])
-                        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                        shapes[kind] = (int(there.sum()), *block.shape[1:])
+                        header = {"descr": "<f4", "fortran_order": False, "shape": shapes[kind]}
                         np.lib.format.write_array_header_2_0(stream, header)
                     kept = block[there[done : done + len(block)]]
                     stream.write(np.ascontiguousarray(kept, "<f4").tobytes())
                     done += len(block)
         with archive.open("names.npy", "w") as stream:
             np.lib.format.write_array(stream, np.asarray(names)[there], allow_pickle=False)
+    return {**shapes, "names": (int(there.sum()),)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,7 +137,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     skip = "skip leaves out pictures that cannot be decoded; names tell which are there"
     parser.add_argument("--bad_records", choices=("stop", "skip"), default="stop", help=skip)
     cli.add_overrides(parser)
-    path = extract(parser.parse_args(argv))
-    with np.load(path) as result:
-        shapes = ", ".join(f"{name} {list(result[name].shape)}" for name in result.files)
-    print(f"wrote {path}: {shapes}")
+    extract(parser.parse_args(argv))

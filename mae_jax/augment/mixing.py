@@ -26,9 +26,8 @@ def soft_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array
 def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
     """Replaces a box of some images by noise, N(0, 1) in every value (timm's mode `pixel`).
 
-    The box takes 2 to 33 % of the picture, its aspect ratio (height over width) is log-uniform in
-    0.3 to 3.33, its place uniform. Ten boxes are tried; where none is smaller than the picture in
-    both directions, nothing is erased.
+    The box's area is uniform, its aspect ratio log-uniform, its place uniform. Where none of ten is
+    smaller than the picture in both directions, nothing is erased.
 
     Args:
       images: float [B, H, W, C], normalised; the result has the same shape and dtype.

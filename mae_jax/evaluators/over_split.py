@@ -24,7 +24,6 @@ from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positio
 from mae_jax.storage.files import complete_or_absent
 from mae_jax.storage.processes import in_every_process
 
-Batch = Mapping[str, np.ndarray]
 Results = dict[str, np.ndarray]
 
 BATCHES_PER_PART = 16
@@ -38,7 +37,8 @@ class OverSplit:
     late: while one is computed, the next is decoded (by the threads behind `batches`) and sent.
 
     Args:
-      function: its batch is a dict of arrays [batch_size, ...], padded by rows of "weight" 0.
+      function: of params, a dict of arrays [batch_size, ...], padded by rows of "weight" 0, and
+        an int32; gives a dict of arrays.
       batch_size: of all devices; rounded up to a multiple of their number.
       shardings: of params; None: a copy on every device.
 
@@ -47,11 +47,7 @@ class OverSplit:
     """
 
     def __init__(
-        self,
-        function: Callable[[Any, dict, jax.Array], dict[str, jax.Array]],
-        mesh: Mesh,
-        batch_size: int,
-        shardings: Any = None,
+        self, function: Callable[..., dict], mesh: Mesh, batch_size: int, shardings: Any = None
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: needs at least 1")
@@ -65,7 +61,7 @@ class OverSplit:
         )
 
     def __call__(
-        self, params: Any, batches: Iterable[Batch], *, examples: int, label: str
+        self, params: Any, batches: Iterable[Results], *, examples: int, label: str
     ) -> Iterator[Results]:
         """What the function gives for every batch, in order.
 
@@ -142,11 +138,11 @@ class Parts:
         self._files: list[pathlib.Path] = []
         self._strangers: list[pathlib.Path] = []
         self.foreign: set[str] = set()
-        names: list[np.ndarray] = []
+        names: list[list] = []
         for path in sorted(self._folder.glob("*.npz")):
             try:
                 with np.load(path) as part:
-                    key, found = json.loads(str(part["key"])), part["names"]
+                    key, found = json.loads(str(part["key"])), part["names"].tolist()
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 logging.warning("%s cannot be read (%s) and is computed again", path, error)
                 self._strangers.append(path)
@@ -158,12 +154,10 @@ class Parts:
                 self._files.append(path)
                 names.append(found)
         self._starts = np.cumsum([0, *map(len, names)])  # of each part in the rows of all
-        self._rows = np.full(len(self._names), -1)  # of each record among those; -1: nowhere
-        if names:
-            found = np.concatenate(names)
-            order = np.argsort(found, kind="stable")
-            place = np.searchsorted(found[order], self._names).clip(max=len(found) - 1)
-            self._rows = np.where(found[order][place] == self._names, order[place], -1)
+        row_of = {name: row for row, name in enumerate(itertools.chain(*names))}
+        self._rows = np.array(
+            [row_of.get(name, -1) for name in self._names.tolist()]
+        )  # -1: nowhere
         if complete and (self._rows < 0).any():
             raise UserError(f"{self._folder}: its files are gone, or not seen by every process")
 

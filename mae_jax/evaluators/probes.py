@@ -82,8 +82,7 @@ def knn_accuracy(
     2104.14294). A poor measure of MAE: its features are spread over many directions of small
     variance that a linear layer can weigh and a distance cannot.
 
-    Arguments and errors as in `ridge_probe`; of fewer than k training examples all vote.
-    """
+    Arguments and errors as in `ridge_probe`; of fewer than k training examples all vote."""
     _check(train_features, train_labels, eval_features, eval_labels, classes)
     train, evaluation = _unit(train_features), _unit(eval_features)
     k = min(k, len(train))

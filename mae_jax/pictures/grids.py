@@ -1,4 +1,7 @@
-"""Sheets of pictures: reconstructions, augmentations, predictions (paper figures 2 to 4)."""
+"""Sheets of pictures: reconstructions, augmentations, predictions (paper figures 2 to 4).
+
+Every sheet is [height, width, 3] uint8.
+"""
 
 from collections.abc import Sequence
 
@@ -33,9 +36,6 @@ def reconstruction_grid(
       mask, loss, pixels: of `models.inference.reconstruct`; without pixels two columns remain.
       names: [B], shown with the loss of each image.
       note: of the model's target, shown below the title.
-
-    Returns:
-      [height, width, 3] uint8.
     """
     batch, height, width, _ = images.shape
     side = round((height * width / mask.shape[1]) ** 0.5)  # of a patch
@@ -57,7 +57,7 @@ def reconstruction_grid(
 
 
 def image_grid(images: np.ndarray, title: str, columns: int = 8) -> np.ndarray:
-    """Images [B, H, W, C] uint8 side by side, `columns` in a row: [height, width, 3] uint8."""
+    """Images [B, H, W, C] uint8 side by side, `columns` in a row."""
     return _sheet(*_in_rows(images, [[]] * len(images), columns), title=title)
 
 
@@ -77,9 +77,6 @@ def prediction_grid(
       images: [B, H, W, C] uint8, with labels [B] and names [B].
       probabilities: [B, K].
       class_names: K names; None shows numbers.
-
-    Returns:
-      [height, width, 3] uint8.
     """
     classes = class_names or [str(k) for k in range(probabilities.shape[1])]
     best = probabilities.argmax(axis=1)  # [B]
@@ -123,7 +120,7 @@ def _sheet(
     columns: Sequence[str] = (),
     min_side: int = MIN_SIDE,
 ) -> np.ndarray:
-    """Lays out pictures [R, K, H, W, C] uint8 with text: [height, width, 3] uint8.
+    """Lays out pictures [R, K, H, W, C] uint8 with text.
 
     Args:
       lines: [R][K] lists of lines, below each picture; [R][1], as wide as the row, below each row.

@@ -1,7 +1,7 @@
 """Pictures a run leaves in its workdir."""
 
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,12 +26,7 @@ class Drawing:
     """
 
     def __init__(
-        self,
-        function: Callable[[TrainState, jax.Array], Any],
-        images: np.ndarray,
-        draw: Callable[[str, Any], np.ndarray],
-        directory: pathlib.Path,
-        mesh: Mesh,
+        self, function: Callable, images: np.ndarray, draw: Callable, directory: Path, mesh: Mesh
     ):
         self._function = jax.jit(function, out_shardings=replicated(mesh))
         self._images, self._draw, self._directory, self._mesh = images, draw, directory, mesh
@@ -44,7 +39,7 @@ class Drawing:
             write_png(self._directory / f"step_{step:08d}.png", picture)
 
 
-def draw_reconstructions(task: Any, data: Splits, count: int, directory: pathlib.Path) -> Drawing:
+def draw_reconstructions(task: Any, data: Splits, count: int, directory: Path) -> Drawing:
     """What the autoencoder of `Pretrain` makes of `count` images of the evaluation split."""
     images, _, names = data.eval_examples(count)
 
@@ -55,7 +50,7 @@ def draw_reconstructions(task: Any, data: Splits, count: int, directory: pathlib
     return Drawing(task.reconstruct, images, draw, directory, task.mesh)
 
 
-def draw_predictions(task: Any, data: Splits, count: int, directory: pathlib.Path) -> Drawing:
+def draw_predictions(task: Any, data: Splits, count: int, directory: Path) -> Drawing:
     """What the classifier of `Finetune` takes `count` images of the evaluation split for."""
     images, labels, names = data.eval_examples(count)
     told = {"names": names, "class_names": data.train.class_names}
@@ -66,7 +61,7 @@ def draw_predictions(task: Any, data: Splits, count: int, directory: pathlib.Pat
     return Drawing(task.probabilities, images, draw, directory, task.mesh)
 
 
-def draw_augmentations(task: Any, data: Splits, path: pathlib.Path, count: int = 32) -> None:
+def draw_augmentations(task: Any, data: Splits, path: Path, count: int = 32) -> None:
     """Training images as `Finetune`'s model sees them: cropped, augmented, erased, mixed.
 
     They are spread over the batch of step 0, so of many mix groups.

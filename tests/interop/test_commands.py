@@ -145,6 +145,22 @@ def test_features_of_a_folder_in_order_for_every_kind(weights, pictures, tmp_pat
     )
 
 
+def test_the_result_is_told_without_reading_it_back(
+    weights, pictures, tmp_path, capsys, monkeypatch
+):
+    """It may be larger than the memory."""
+    output, load = tmp_path / "f.npz", np.load
+
+    def load_parts(path, *arguments, **options):
+        assert str(path) != str(output)
+        return load(path, *arguments, **options)
+
+    monkeypatch.setattr(np, "load", load_parts)
+    run_features(weights, pictures, output, "--kind", "cls", "tokens")
+    told = capsys.readouterr().out
+    assert f"wrote {output}: cls [21, 32], tokens [21, 17, 32], names [21]\n" in told
+
+
 def test_a_batch_is_rounded_up_to_the_devices(weights, pictures, tmp_path):
     run_features(weights, pictures, tmp_path / "8.npz")
     run_features(weights, pictures, tmp_path / "5.npz", "--batch_size=5")
