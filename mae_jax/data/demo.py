@@ -19,8 +19,7 @@ from PIL import Image
 from mae_jax import UserError
 from mae_jax.data.record import Record, select
 
-# name, package, file in it, side of the photograph that is kept for validation (the side that
-# still shows something of its subject)
+# name, package, file in it, side kept for validation: that still shows something of its subject
 PHOTOGRAPHS = (
     ("astronaut", "skimage", "data/astronaut.png", "right"),
     ("cat", "skimage", "data/chelsea.png", "right"),
@@ -48,7 +47,7 @@ class DemoSource:
     num_classes = len(PHOTOGRAPHS)
 
     def __init__(self, split: str):
-        """Raises UserError: scikit-image or scikit-learn is absent, or the split is unknown."""
+        """Raises UserError: scikit-image or scikit-learn is absent, or no such split."""
         self.split = split
         self.class_names = [name for name, *_ in PHOTOGRAPHS]
         self._indices = select(split, SPLITS)  # [n], validation counts on from train
@@ -72,7 +71,7 @@ class DemoSource:
         return Record(crop, label, name, id=index)
 
     def identity(self) -> str:
-        """The crops follow from their photographs and numbers alone."""
+        """The crops follow from photographs and numbers alone."""
         return f"{self.split} {self._indices.tolist()}"
 
 

@@ -25,14 +25,10 @@ def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
     """Paths of all pictures below `folder`, relative to it; `field` names it in errors.
 
     Folders come after the files beside them, both sorted by name. Links are followed, hidden files
-    and folders are not looked at. How many files were left out for their suffix is logged.
-
-    Raises:
-      UserError: no such folder, or no picture in it.
+    and folders are not looked at. How many files were left out for their suffix is logged. Raises
+    UserError: no such folder, or no picture in it.
     """
-    root = os.path.abspath(os.path.expanduser(folder))
-    if not os.path.isdir(root):
-        raise UserError(f"{field}: there is no folder {root}")
+    root = _existing(folder, field)
     names: list[str] = []
     left_out = collections.Counter()
     above = {root: {os.path.realpath(root)}}  # a link may lead back up
@@ -55,15 +51,19 @@ def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
     return names
 
 
+def _existing(folder: str | os.PathLike, field: str) -> str:
+    root = os.path.abspath(os.path.expanduser(folder))
+    if not os.path.isdir(root):
+        raise UserError(f"{field}: there is no folder {root}")
+    return root
+
+
 class PictureFiles:
-    """Picture files as a source of records. One string and its cuts hold 1.28 M names, so that
-    workers get them in milliseconds.
+    """Picture files as a source of records.
 
     Args:
-      root: the folder below which they lie.
-      names: their paths below it; ``.npy`` files hold uint8 [H, W, C].
+      names: [n] paths below `root`; ``.npy`` files hold uint8 [H, W, C].
       labels: [n]; None where there are none.
-      class_names: what the labels mean.
       split: how records are named: ``folder/SPLIT#INDEX (PATH)``; empty: by their paths alone.
     """
 
@@ -81,6 +81,7 @@ class PictureFiles:
         self.class_names = class_names
         self.num_classes = len(class_names) if class_names else None
         self._root = os.path.abspath(os.path.expanduser(root))
+        # One string and its cuts hold 1.28 M names, so that workers get them in milliseconds.
         encoded = [os.fsencode(name) for name in names]
         self._names = b"".join(encoded)
         self._cuts = np.cumsum([0, *map(len, encoded)])  # [n + 1]
@@ -116,46 +117,37 @@ def open_folder(data_dir: str, split: str) -> PictureFiles:
     A split folder may be called ``val`` for ``validation``, in any case. Without any split folder
     ``data_dir`` itself holds the pictures (or class folders), and every 50th in sorted order is
     `validation`. Classes are the sub-folders in sorted order.
-
-    Raises:
-      UserError: no such folder, no picture, unknown split, or folders whose classes are unclear.
+    Raises UserError: no such folder, no picture, unknown split, or unclear classes.
     """
-    root = os.path.abspath(os.path.expanduser(data_dir))
-    if not os.path.isdir(root):
-        raise UserError(f"data.dir: there is no folder {root}")
+    root = _existing(data_dir, "data.dir")
     folders = _split_folders(root)  # {"train": "train", "validation": "val"}
     if not folders:
         names, labels, class_names = _list_classes(root)
         held_out = np.arange(len(names)) % VALIDATION_EVERY == 0
-        order = np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)])
+        order = np.argsort(held_out, kind="stable")
         names, labels = [names[i] for i in order], labels[order]
         lengths = {"train": int((~held_out).sum()), "validation": int(held_out.sum())}
-        logging.info(
-            "%s has no train or validation folder: every %dth of its pictures is validation "
-            "(%d), the rest train (%d)",
-            *(root, VALIDATION_EVERY, lengths["validation"], lengths["train"]),
-        )
+        what = "%s has no train or validation folder: every %dth of its pictures is validation %s"
+        logging.info(what, root, VALIDATION_EVERY, lengths)
     else:
         wanted = [s for s in folders if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", split)]
         if not wanted:
-            why = f"{root} has no such folder"
-            if "validation" in split:
-                why += " (nor val/): make one, or set data.eval_split to a part of another split"
+            remedy = " (nor val/): make one, or set data.eval_split to a part of another split"
+            why = f"{root} has no such folder" + remedy * ("validation" in split)
             raise split_error(split, dict.fromkeys(folders), why)
-        names, labels, lengths, class_names = [], [], {}, None
+        names, labels, lengths = [], np.empty(0, np.int32), {}
         for part in wanted:
             folder = os.path.join(root, folders[part])
             found, labels_found, classes = _list_classes(folder, empty_is_error=part == "train")
-            if part != wanted[0] and classes != class_names:
-                raise UserError(
-                    f"data.dir: {folder} has other classes than {folders[wanted[0]]}/: "
-                    f"{sorted(set(classes or ()) ^ set(class_names or ()))[:5]}"
-                )
-            class_names = classes
+            if part == wanted[0]:
+                class_names = classes
+            elif classes != class_names:
+                odd = sorted(set(classes or ()) ^ set(class_names or ()))[:5]
+                first = folders[wanted[0]]
+                raise UserError(f"data.dir: {folder} has other classes than {first}/: {odd}")
             names += [os.path.join(folders[part], name) for name in found]
-            labels.append(labels_found)
+            labels = np.concatenate([labels, labels_found])
             lengths[part] = len(found)
-        labels = np.concatenate(labels)
     chosen = select(split, lengths)
     return PictureFiles(root, [names[i] for i in chosen], labels[chosen], class_names, split)
 
@@ -166,10 +158,8 @@ def _split_folders(root: str) -> dict[str, str]:
     for folder in sorted(_subfolders(root)):
         split = SPLIT_NAMES.get(folder.lower(), folder)
         if split in found:
-            raise UserError(
-                f"data.dir: {root} has both {found[split]}/ and {folder}/, and both mean {split}; "
-                "rename or remove one"
-            )
+            both = f"both {found[split]}/ and {folder}/, and both mean {split}"
+            raise UserError(f"data.dir: {root} has {both}; rename or remove one")
         found[split] = folder
     return found if {"train", "validation"} & found.keys() else {}
 
@@ -180,12 +170,11 @@ def _list_classes(
     """Pictures below `folder`, their labels [n] int32 (-1: none), and names of the classes."""
     names = list_pictures(folder, "data.dir")
     places = [os.path.dirname(name) for name in names]
-    for name, place in zip(names, places, strict=True):
-        if os.sep in place:
-            raise UserError(
-                f"data.dir: {os.path.join(folder, name)} lies too deep: a class is one folder "
-                f"directly in {folder}, with its pictures directly in it"
-            )
+    if deep := [name for name in names if name.count(os.sep) > 1]:
+        raise UserError(
+            f"data.dir: {os.path.join(folder, deep[0])} lies too deep: a class is one folder "
+            f"directly in {folder}, with its pictures directly in it"
+        )
     if "" in places:
         if labelled := set(places) - {""}:
             raise UserError(
@@ -195,13 +184,10 @@ def _list_classes(
         return names, np.full(len(names), -1, np.int32), None
     class_names = sorted(_subfolders(folder))
     if empty := sorted(set(class_names) - set(places)):
-        message = (
-            f"data.dir: no picture in {len(empty)} of {len(class_names)} class folders in {folder}"
-            f", e.g. {empty[0]}/, which counts as a class all the same"
-        )
+        where = f"{len(empty)} of {len(class_names)} class folders in {folder}, e.g. {empty[0]}/"
         if empty_is_error:
-            raise UserError(f"{message}; fill or remove it")
-        logging.warning("%s", message)
+            raise UserError(f"data.dir: no picture in {where}; fill or remove it")
+        logging.warning("data.dir: no picture in %s, which counts as a class all the same", where)
     label = {name: i for i, name in enumerate(class_names)}
     return names, np.asarray([label[place] for place in places], np.int32), class_names
 

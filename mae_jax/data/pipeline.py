@@ -9,10 +9,9 @@ of N on are all N records once, nothing is dropped, and a batch may be larger th
 
 import collections
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
-import itertools
-import math
-import mmap
 import multiprocessing
 import os
 import signal
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import IO, Any, ClassVar, Protocol
 
 import numpy as np
 from absl import logging
@@ -33,7 +32,7 @@ CROP_STREAM = 0x63726F70  # "crop": sets the crops' random numbers apart from an
 ROWS_PER_TASK = 8  # rows a thread takes at once; a task costs about 30 us, a row 3 ms
 ROWS_PER_WORKER_TASK = 32  # rows a thread of a worker process; a task costs about 200 us
 ALIGNMENT = 64  # bytes, of arrays in shared memory
-SECONDS_AFTER_SIGTERM = 30  # that a worker goes on
+SECONDS_AFTER_SIGTERM = 600  # that a worker goes on, unless its parent ends before
 
 
 class Transform(Protocol):
@@ -84,12 +83,10 @@ def train_batches(
     """Batches of steps ``start_step`` to ``end_step``: this process's rows of the global batch.
 
     Args:
-      source: the records.
       transform: called as ``transform(record, rng)``.
       seed: not negative; sets order and crops.
       batch_size: of the global batch.
       positions: [b], places in the global batch of the rows wanted here, in the order wanted.
-      start_step: first step; resuming is starting there.
       end_step: one past the last step; None goes on for ever.
       workers: processes that fill the rows of batches; 0: threads of this process do.
       threads: threads decoding in each process; 0 for one per CPU (shared among the workers).
@@ -122,48 +119,41 @@ def eval_batches(
 
     Rows past the end of the dataset are zeros with weight 0, label 0 and id -1. So are rows that
     cannot be decoded, with ``bad_records="skip"``: no other record takes their place. Called as
-    ``transform(record, None)``. Other arguments as in `train_batches`.
-
-    Returns:
-      Iterator as `train_batches` returns it, with "weight" float32 [b] besides.
+    ``transform(record, None)``. The rest as in `train_batches`, with "weight" float32 [b] besides.
     """
     builder = _EvalBuilder(source, transform, batch_size, positions, bad_records, classes)
-    steps = range(-(-len(source) // batch_size))
-    return Batches(builder, steps, 0, threads, prefetch)
+    return Batches(builder, range(-(-len(source) // batch_size)), 0, threads, prefetch)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Builder:
-    """Fills rows of batches. Picklable; arguments as in `train_batches`."""
+    """Fills rows of batches. Picklable; fields as the arguments of `train_batches`.
 
-    extra: Mapping[str, ArraySpec] = {
-        "label": ArraySpec((), np.int32),
-        "id": ArraySpec((), np.int32),
-    }
+    Its kinds have ``example(g, errors)``, the arrays of example ``g``; those left out are zeros.
+    """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        batch_size: int,
-        positions: np.ndarray,
-        bad_records: str,
-        classes: int | None,
-        seed: int = 0,
-    ):
-        positions = np.asarray(positions)
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: needs at least 1")
-        if positions.ndim != 1 or not np.issubdtype(positions.dtype, np.integer):
-            raise ValueError(f"positions must be integers [b], got {positions.dtype}")
-        if not len(positions) or positions.min() < 0 or positions.max() >= batch_size:
-            raise ValueError(f"positions must lie in [0, batch_size={batch_size}): {positions}")
-        if not len(source):
-            raise UserError(f"{source.name}, split {source.split}, holds no record")
-        self.source, self.transform, self.seed = source, transform, seed
-        self.batch_size, self.positions = batch_size, positions
-        self.skip = bad_records == "skip"
-        self.classes = classes
-        self.schema = {**transform.schema, **self.extra}
+    source: Source
+    transform: Transform
+    batch_size: int
+    positions: np.ndarray
+    bad_records: str
+    classes: int | None
+    seed: int = 0
+
+    extra: ClassVar = {"label": ArraySpec((), np.int32), "id": ArraySpec((), np.int32)}
+
+    def __post_init__(self) -> None:
+        places, most = self.positions, self.batch_size
+        if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer):
+            raise ValueError(f"positions must be integers [b], got {places.dtype}")
+        if not len(places) or places.min() < 0 or places.max() >= most:
+            raise ValueError(f"positions must lie in [0, batch_size={most}): {places}")
+        if not len(self.source):
+            raise UserError(f"{self.source.name}, split {self.source.split}, holds no record")
+
+    @property
+    def schema(self) -> Mapping[str, ArraySpec]:
+        return {**self.transform.schema, **self.extra}
 
     def fill(self, batch: Mapping[str, np.ndarray], step: int, rows: Sequence[int]) -> list[str]:
         """Writes rows of the batch of a step; returns messages of those that cannot be decoded."""
@@ -173,10 +163,6 @@ class _Builder:
             for name, value in self.example(g, errors).items():
                 batch[name][row] = value
         return errors
-
-    def example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
-        """The arrays of example ``g``; those left out are zeros."""
-        raise NotImplementedError
 
     def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """The arrays of a record, with its label and id."""
@@ -191,7 +177,7 @@ class _Builder:
 
     def passed_over(self, error: DecodeError) -> str:
         """The message of a record that is skipped; raises where none may be."""
-        if not self.skip:
+        if self.bad_records != "skip":
             raise DecodeError(
                 f"{error}. Mend or remove it, or train without such records: data.bad_records=skip"
             ) from error
@@ -225,12 +211,11 @@ class _EvalBuilder(_Builder):
         return {"id": -1}
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Iterator over batches that can be closed, and that counts what could not be decoded.
+class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]):
+    """Iterator over batches. Close it (or use it in a `with` statement) to end its processes.
 
     ``skipped``: rows of the batches handed out so far whose record could not be decoded
-    (``bad_records="skip"``), in this process. Close it (or use it in a `with` statement) to end
-    its threads and worker processes.
+    (``bad_records="skip"``), in this process.
 
     The rows of a batch are filled by many threads, or by worker processes in memory that they share
     with this one: a batch exists once, and a worker holds no more than the row it works on.
@@ -239,10 +224,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def __init__(self, builder: _Builder, steps: range, workers: int, threads: int, prefetch: int):
         self._builder, self._steps, self._prefetch = builder, iter(steps), prefetch
         self._shared = workers > 0
-        threads = threads or max(1, _cpus() // max(1, workers))
+        # CPUs this process may use, which may be fewer than the machine has.
+        affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        threads = threads or max(1, (len(affinity) or os.cpu_count() or 1) // max(1, workers))
         rows = len(builder.positions)
         if self._shared:
-            self._task = max(1, min(ROWS_PER_WORKER_TASK * threads, rows // workers))
+            task = max(1, min(ROWS_PER_WORKER_TASK * threads, rows // workers))
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 workers,
                 multiprocessing.get_context("spawn"),  # a fork would take JAX's threads along
@@ -250,17 +237,17 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                 initargs=(builder, threads),
             )
         else:
-            self._task = max(1, min(ROWS_PER_TASK, rows // (2 * threads)))
+            task = max(1, min(ROWS_PER_TASK, rows // (2 * threads)))
             self._executor = concurrent.futures.ThreadPoolExecutor(threads, "mae-jax-decode")
-        self._pending: collections.deque[_Pending] = collections.deque()
+        self._tasks = [range(i, min(i + task, rows)) for i in range(0, rows, task)]
+        # Of batches under way: arrays, messages about their rows to come, file of shared memory.
+        self._pending: collections.deque[tuple[dict, list, IO | None]] = collections.deque()
         self._reported: set[str] = set()
         self.skipped = 0
         self._start_ahead()
 
     def _start_ahead(self) -> None:
         """Hands the rows of the next batches to threads or workers."""
-        rows = len(self._builder.positions)
-        tasks = [range(i, min(i + self._task, rows)) for i in range(0, rows, self._task)]
         while len(self._pending) <= self._prefetch:
             step = next(self._steps, None)
             if step is None:
@@ -271,11 +258,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                 batch = _shared_arrays(self._builder, file)
                 fill = functools.partial(_fill_in_worker, path)
             else:
-                schema = self._builder.schema
+                rows, schema = len(self._builder.positions), self._builder.schema
                 batch = {k: np.zeros((rows, *s.shape), s.dtype) for k, s in schema.items()}
                 fill = functools.partial(self._builder.fill, batch)
-            futures = [self._executor.submit(fill, step, task) for task in tasks]
-            self._pending.append(_Pending(batch, futures, file))
+            futures = [self._executor.submit(fill, step, task) for task in self._tasks]
+            self._pending.append((batch, futures, file))
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Returns the next batch. Raises DecodeError or LabelError if a record stops the run."""
@@ -287,30 +274,24 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if file is not None:
             file.close()  # the memory stays for as long as the arrays
         self.skipped += len(errors)
-        for error in errors:
-            if error not in self._reported:
-                self._reported.add(error)
-                logging.warning("skipped: %s", error)
+        for error in sorted({*errors} - self._reported):
+            logging.warning("skipped: %s", error)
+        self._reported.update(errors)
         return batch
 
     def close(self) -> None:
         """Ends threads and worker processes; safe to call twice."""
+        # When a worker dies the executor sends the others SIGTERM, at which they go on.
+        if self._shared and self._executor._broken:
+            for worker in (self._executor._processes or {}).values():
+                worker.kill()
         self._executor.shutdown(wait=True, cancel_futures=True)
         while self._pending:
-            if (file := self._pending.pop().file) is not None:
+            if (file := self._pending.pop()[2]) is not None:
                 file.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-class _Pending(NamedTuple):
-    batch: dict[str, np.ndarray]
-    futures: list[concurrent.futures.Future]  # of the messages about its rows
-    file: IO[bytes] | None  # its memory, where that is shared
 
 
 def _shared_file() -> tuple[IO[bytes], str]:
@@ -327,16 +308,12 @@ def _shared_file() -> tuple[IO[bytes], str]:
 
 def _shared_arrays(builder: _Builder, file: IO[bytes]) -> dict[str, np.ndarray]:
     """The arrays of a batch, one behind the other in a file; whoever opens it sees the same."""
-    shapes = {name: (len(builder.positions), *spec.shape) for name, spec in builder.schema.items()}
-    dtypes = {name: np.dtype(spec.dtype) for name, spec in builder.schema.items()}
-    sizes = [math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()]
-    offsets = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
-    file.truncate(offsets[-1])
-    memory = mmap.mmap(file.fileno(), offsets[-1])
-    return {
-        name: np.ndarray(shapes[name], dtypes[name], memory, offset)
-        for name, offset in zip(shapes, offsets, strict=False)
-    }
+    arrays, offset = {}, 0
+    for name, spec in builder.schema.items():
+        shape = (len(builder.positions), *spec.shape)
+        arrays[name] = np.asarray(np.memmap(file, spec.dtype, "r+", offset, shape))  # it may grow
+        offset += -(-arrays[name].nbytes // ALIGNMENT) * ALIGNMENT
+    return arrays
 
 
 _in_worker: tuple[_Builder, concurrent.futures.Executor]  # set in worker processes only
@@ -368,8 +345,3 @@ def _fill_in_worker(path: str, step: int, rows: Sequence[int]) -> list[str]:
 def _open_batch(path: str, step: int) -> dict[str, np.ndarray]:
     with open(path, "r+b") as file:
         return _shared_arrays(_in_worker[0], file)
-
-
-def _cpus() -> int:
-    """CPUs this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

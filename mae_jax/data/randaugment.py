@@ -24,11 +24,9 @@ ENHANCE = 0.9  # distance of an enhancement factor from 1, "increasing" ops
 POSTERIZE_BITS = 4
 SOLARIZE_ADD = 110  # grey levels
 
-Fill = tuple[int, ...]
-
-
 GREY_LEVELS = np.arange(256)
 
+Fill = tuple[int, ...]
 Op = Callable[[Image.Image, float, int, Fill | int], Image.Image]
 
 
@@ -103,18 +101,10 @@ INCREASING_OPS: dict[str, Op] = _COMMON | {
 
 
 def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> np.ndarray:
-    """Does one op to one picture. The names, and what a level means, are timm's.
+    """Does one op, named as timm's, to one picture: uint8 [H, W, C] with C 1 or 3.
 
-    Args:
-      name: of `PLAIN_OPS` or `INCREASING_OPS`.
-      image: uint8 [H, W, C], C 1 or 3.
-      level: 0 to 10.
-      sign: +1 or -1, the direction of ops that have two (rotation, shear, translation and
-        "increasing" enhancement); the others do not read it.
-      fill: C grey levels, for what a moved picture leaves empty.
-
-    Returns:
-      uint8 [H, W, C].
+    ``level`` is 0 to 10, ``sign`` +1 or -1 (for ops that have two directions); ``fill`` holds C
+    grey levels, for what a moved picture leaves empty.
     """
     op = (PLAIN_OPS | INCREASING_OPS)[name]
     picture = Image.fromarray(image if len(fill) == 3 else image[:, :, 0])
@@ -124,29 +114,21 @@ def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Draws ops and does them to a picture, one after the other. Made by `parse_randaugment`.
+    """Draws ops uniformly with replacement and does each to a picture with probability 1/2.
 
-    Ops are drawn uniformly with replacement; each is then done with probability 1/2, at a level
-    drawn from a normal distribution and clipped to [0, 10], in a random direction.
+    The level is normally distributed and clipped to [0, 10], the direction random.
     """
 
-    magnitude: float
-    """Mean of the level."""
-    deviation: float
-    """Standard deviation of the level, before clipping."""
-    count: int
-    """Ops drawn for a picture."""
-    increasing: bool
-    """The set of ops: stronger with the level throughout, or as in the first AutoAugment code."""
-    fill: Fill
-    """Grey levels of what a moved picture leaves empty, one per channel."""
+    magnitude: float  # mean of the level
+    deviation: float  # of the level, before clipping
+    count: int  # ops drawn for a picture
+    increasing: bool  # ops stronger with the level throughout, or as in the first AutoAugment code
+    fill: Fill  # grey levels of what a moved picture leaves empty, one per channel
 
     def __post_init__(self) -> None:
         if len(self.fill) not in (1, 3) or not all(0 <= v <= 255 for v in self.fill):
-            raise UserError(
-                f"augment.randaugment: works on pictures of 1 or 3 channels, filled by grey levels "
-                f"0 to 255; got fill {self.fill}. Set augment.randaugment='' to do without"
-            )
+            what = f"works on 1 or 3 channels, filled by grey levels 0 to 255; got {self.fill}"
+            raise UserError(f"augment.randaugment: {what}. '' does without")
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -154,18 +136,7 @@ class RandAugment:
         return tuple(INCREASING_OPS if self.increasing else PLAIN_OPS)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Augments a picture.
-
-        Args:
-          image: uint8 [H, W, C], C as many as ``fill`` has values.
-          rng: consumed; nothing else is random.
-
-        Returns:
-          uint8 [H, W, C]; ``image`` itself if no op is done.
-
-        Raises:
-          ValueError: another number of channels.
-        """
+        """Augments a picture, uint8 [H, W, C], C as in ``fill``; itself if no op is done."""
         for _ in range(self.count):
             name = self.ops[rng.integers(len(self.ops))]
             done = rng.random() < APPLY_PROBABILITY
@@ -181,32 +152,15 @@ def parse_randaugment(spec: str, fill: Fill) -> RandAugment:
 
     After ``rand``, in any order: ``m`` mean level, 0 to 10 (default 10); ``mstd`` its standard
     deviation, 0 to 10 (0); ``inc`` 1 for ops whose strength grows with the level, else 0 (0);
-    ``n`` ops drawn (2).
-
-    Args:
-      spec: as above.
-      fill: grey levels of what a moved picture leaves empty, one per channel; in the recipe the
-        data's mean, (124, 116, 104).
-
-    Raises:
-      ValueError: anything else, naming ``augment.randaugment``.
+    ``n`` ops drawn (2). ``fill``: in the recipe the data's mean, (124, 116, 104).
     """
     values = {"m": 10.0, "mstd": 0.0, "inc": 0.0, "n": 2.0}
     head, *parts = spec.split("-")
-    found = [re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part) for part in parts]
-    names = [match[1] for match in found if match]
-    well_formed = head == "rand" and all(found) and len(set(names)) == len(names)
-    if well_formed and set(names) <= set(values):
-        values |= {match[1]: float(match[2]) for match in found if match}
-        in_range = max(values["m"], values["mstd"]) <= MAX_LEVEL and values["inc"] in (0, 1)
-        if in_range and values["n"] >= 1 and values["n"].is_integer():
-            return RandAugment(
-                magnitude=values["m"],
-                deviation=values["mstd"],
-                count=int(values["n"]),
-                increasing=values["inc"] == 1,
-                fill=tuple(fill),
-            )
+    found = [re.fullmatch(r"(m|mstd|inc|n)(\d+(?:\.\d+)?)", part) for part in parts]
+    if head == "rand" and all(found) and len({match[1] for match in found}) == len(found):
+        m, mstd, inc, n = (values | {match[1]: float(match[2]) for match in found}).values()
+        if max(m, mstd) <= MAX_LEVEL and inc in (0, 1) and n >= 1 and n.is_integer():
+            return RandAugment(m, mstd, int(n), inc == 1, tuple(fill))
     raise UserError(
         f"augment.randaugment={spec!r}: write it as rand-m9-mstd0.5-inc1 with m and mstd in "
         "[0, 10], inc 0 or 1, and n (ops drawn, e.g. n2) at least 1, each at most once; "

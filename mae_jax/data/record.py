@@ -31,16 +31,11 @@ class ArraySpec(NamedTuple):
 class Record:
     """One example as it lies in the dataset, not yet decoded."""
 
-    image: Any
-    """Bytes of a picture file, a picture that Pillow has opened, or uint8 [H, W, C]."""
-    label: int
-    """Class index; -1 when unlabelled."""
-    name: str
-    """Names the record in messages: ``imagenet2012/train#17 (n01440764_10026.JPEG)``."""
-    id: int = -1
-    """Its index in the split it was read from: ``source[record.id]`` reads it again."""
-    upright: bool = False
-    """Whether EXIF orientation is honoured: in files of one's own, not in prepared data sets."""
+    image: Any  # bytes of a picture file, a picture that Pillow has opened, or uint8 [H, W, C]
+    label: int  # class index; -1 when unlabelled
+    name: str  # in messages: ``imagenet2012/train#17 (n01440764_10026.JPEG)``
+    id: int = -1  # index in the split it was read from: ``source[record.id]`` reads it again
+    upright: bool = False  # honour EXIF orientation: in one's own files, not prepared data sets
 
 
 class Source(Protocol):
@@ -88,20 +83,11 @@ def files_identity(paths: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-def select(spec: str, lengths: Mapping[str, int], field: str = "data.train_split") -> np.ndarray:
-    """Turns a split in TFDS notation into record indices, for sources that are not TFDS.
+def select(spec: str, lengths: Mapping[str, int]) -> np.ndarray:
+    """Turns a split in TFDS notation into record indices, int64 [n > 0], for other sources.
 
-    Args:
-      spec: ``train``, ``train[:10%]``, ``train[100:200]``, ``train[-64:]``, ``train+validation``.
-      lengths: number of records of every split; the splits are thought of as laid end to end in
-        this order, and the indices returned count through them.
-      field: how error messages call ``spec``.
-
-    Returns:
-      int64 [n], n > 0.
-
-    Raises:
-      UserError: unknown split, bad slice, or nothing in it.
+    The splits, whose numbers of records are `lengths`, are thought of as laid end to end. Raises
+    UserError: unknown split, bad slice, or nothing in it.
     """
     starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]), strict=False))
     if spec in lengths:  # the usual case does not need TFDS, whose import takes half a second
@@ -109,23 +95,19 @@ def select(spec: str, lengths: Mapping[str, int], field: str = "data.train_split
     else:
         import tensorflow_datasets as tfds
 
-        infos = {
-            name: types.SimpleNamespace(num_examples=n, shard_lengths=[n])
-            for name, n in lengths.items()
-        }
+        info = {}
+        for name, n in lengths.items():
+            info[name] = types.SimpleNamespace(num_examples=n, shard_lengths=[n])
         try:
-            instructions = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+            parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(info)
         except Exception as e:  # TFDS raises several kinds, some of them re-raised with notes
             raise split_error(spec, lengths, e) from e
-        pieces = [
-            (i.splitname, i.from_ or 0, lengths[i.splitname] if i.to is None else i.to)
-            for i in instructions
-        ]
-    indices = [starts[name] + np.arange(first, last) for name, first, last in pieces]
-    indices = np.concatenate(indices).astype(np.int64)
+        ends = [lengths[part.splitname] if part.to is None else part.to for part in parts]
+        pieces = [(p.splitname, p.from_ or 0, end) for p, end in zip(parts, ends, strict=True)]
+    indices = np.concatenate([starts[name] + np.arange(*piece) for name, *piece in pieces])
     if not len(indices):
         raise split_error(spec, lengths, "it holds no record")
-    return indices
+    return indices.astype(np.int64)
 
 
 def split_error(spec: str, lengths: Mapping[str, int | None], why: object) -> UserError:

@@ -1,22 +1,17 @@
 """Where pictures come from: any TFDS dataset, a folder of images, or the embedded default."""
 
 from mae_jax import UserError
-from mae_jax.data.record import DecodeError, LabelError, Record, Source
-
-__all__ = ["DecodeError", "LabelError", "Record", "Source", "open_source"]
+from mae_jax.data.record import Source
 
 
 def open_source(name: str, data_dir: str | None, split: str) -> Source:
-    """Opens one split of a dataset.
+    """Opens one split of a dataset: a picklable source with random access to its records.
 
     Args:
       name: ``demo`` (photographs that ship with scikit-image and scikit-learn), ``folder`` (a
         folder of images), or a TFDS dataset: ``name``, ``name:version``, ``name/config:version``.
       data_dir: the folder of images, or the folder TFDS prepared datasets in; unused by ``demo``.
       split: a split in TFDS notation, e.g. ``train``, ``train[:10%]``, ``train[-64:]``.
-
-    Returns:
-      A picklable source with random access to its records.
 
     Raises:
       UserError: a field that cannot be right, data or an extra that is not there.

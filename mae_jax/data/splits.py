@@ -46,23 +46,14 @@ class Splits:
 
     def eval_batches(self, positions: np.ndarray, batch_size: int) -> pipeline.Batches:
         """This process's rows of the evaluation split, every example once."""
-        return pipeline.eval_batches(
-            self.eval,
-            self.eval_transform,
-            batch_size=batch_size,
-            positions=positions,
-            **self.loading,
-        )
+        options = {"batch_size": batch_size, "positions": positions, **self.loading}
+        return pipeline.eval_batches(self.eval, self.eval_transform, **options)
 
     @property
     def loading(self) -> dict:
         """How `pipeline` is to load batches of either split."""
         names = ("bad_records", "classes", "threads", "prefetch")
         return {name: getattr(self, name) for name in names}
-
-    def eval_examples(self, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """`examples` of the evaluation split."""
-        return self.examples(self.eval, count)
 
     def examples(self, source: Source, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Images [n, H, W, C] uint8 of `source`, labels [n] and names of the records; n <= count.
@@ -71,14 +62,10 @@ class Splits:
         """
         count = min(count, len(source))
         chosen = Selection(source, np.linspace(0, len(source) - 1, count).astype(int))
-        batches = pipeline.eval_batches(
-            chosen,
-            self.eval_transform,
-            batch_size=count,
-            positions=np.arange(count),
-            **self.loading,
-        )
-        with batches:
+        transform, positions = self.eval_transform, np.arange(count)
+        with pipeline.eval_batches(
+            chosen, transform, batch_size=count, positions=positions, **self.loading
+        ) as batches:
             batch = next(batches)
         real = batch["weight"] > 0
         if not real.any():
@@ -88,14 +75,11 @@ class Splits:
 
 
 def common_classes(train: Source, evaluation: Source, fields: str, need: str) -> int:
-    """The number of classes, the same in two splits.
+    """The number of classes of two splits; raises UserError where their labels differ.
 
     Args:
       fields: `data` or `probe`, the part of the config that names the splits.
       need: who needs labels, and what else to do.
-
-    Raises:
-      UserError: no labels, or classes that differ in number, name or order.
     """
     for source in (train, evaluation):
         if source.num_classes is None:

@@ -17,35 +17,24 @@ from mae_jax.data.tfrecord import TfrecordReader
 class TfdsSource:
     """Records of one split of a prepared TFDS dataset, pictures still encoded.
 
-    Files are those `tfds build` writes, in `array_record` (read natively) or in `tfrecord` (read
-    through an offset index built once, see `mae_jax.data.tfrecord`).
+    Files are those `tfds build` writes, in `array_record` or in `tfrecord`. Arguments as in
+    `open_source`. Raises UserError: the dataset, one of its shards, the split or a picture in the
+    records is not there, or a shard is damaged.
     """
 
     def __init__(self, name: str, data_dir: str, split: str):
-        """Reads the dataset's metadata and finds its files.
-
-        Args:
-          name: ``name``, ``name:version`` or ``name/config:version``.
-          data_dir: the folder that holds ``<name>/[<config>/]<version>/``.
-          split: in TFDS notation.
-
-        Raises:
-          UserError: the dataset, one of its shards, the split or a picture in the records is not
-            there, or a shard is damaged.
-        """
         self.name, self.split = name, split
         folder = find_dataset(name, data_dir)
         info = tfds.builder_from_directory(folder).info
         self._image_key = _image_key(folder, info)
-        self._label_key = _label_key(info)
+        labels = [*(info.supervised_keys or ())[1:2], "label"]
+        self._label_key = _the_key(info, tfds.features.ClassLabel, labels)
         self.num_classes, self.class_names = None, None
         if self._label_key is not None:
-            feature = info.features[self._label_key]
-            self.num_classes = feature.num_classes
+            names = list(info.features[self._label_key].names)
+            self.num_classes = len(names)
             # Without a names file TFDS makes names up: "0", "1", ...
-            if list(feature.names) != [str(i) for i in range(feature.num_classes)]:
-                self.class_names = list(feature.names)
-
+            self.class_names = None if names == list(map(str, range(len(names)))) else names
         lengths = {name: s.num_examples for name, s in info.splits.items()}
         try:
             pieces = [p for p in info.splits[split].file_instructions if p.take]
@@ -53,11 +42,12 @@ class TfdsSource:
             raise split_error(split, lengths, e) from e
         if not pieces:
             raise split_error(split, lengths, "it holds no record")
+        remedy = _how_to_prepare(name, data_dir)
         self._paths = paths = [os.fspath(p.filename) for p in pieces]
         if absent := [p for p in paths if not os.path.exists(p)]:
             raise UserError(
                 f"data.dir: {len(absent)} of {len(paths)} shards of {name} {split!r} are missing, "
-                f"the first is {absent[0]}. {_how_to_prepare(name, data_dir)}"
+                f"the first is {absent[0]}. {remedy}"
             )
         self._ends = np.cumsum([p.take for p in pieces])  # [number of pieces]
         self._skips = [p.skip for p in pieces]
@@ -68,10 +58,8 @@ class TfdsSource:
         elif file_format == "tfrecord":
             self._reader = TfrecordReader(paths, [p.examples_in_shard for p in pieces])
         else:
-            raise UserError(
-                f"data.dir: {folder} is in the format {file_format!r}; array_record and tfrecord "
-                f"can be read. {_how_to_prepare(name, data_dir)}"
-            )
+            what = f"{folder} is in the format {file_format!r}"
+            raise UserError(f"data.dir: {what}; array_record and tfrecord can be read. {remedy}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -106,11 +94,8 @@ class TfdsSource:
 def find_dataset(name: str, data_dir: str) -> str:
     """The folder ``<data_dir>/<name>/[<config>/]<version>`` of a prepared dataset.
 
-    Takes the newest version when ``name`` gives none, the only config when it gives none.
-
-    Raises:
-      UserError: nothing there (the message lists what is, and how to prepare the dataset), or
-        ``name`` is malformed or leaves several configs to choose from.
+    Takes the newest version when ``name`` gives none, the only config when it gives none. Raises
+    UserError: nothing there, or ``name`` is malformed or leaves several configs to choose from.
     """
     if "://" in data_dir:
         raise UserError(
@@ -127,22 +112,17 @@ def find_dataset(name: str, data_dir: str) -> str:
     root = pathlib.Path(data_dir).expanduser().absolute()
     if not root.is_dir():
         raise UserError(f"data.dir: there is no folder {root}")
-    folder = root / dataset / config if config else root / dataset
+    folder = root / dataset / (config or "")
     versions = _versions(folder)
-    if not versions and not config and folder.is_dir():
-        configs = sorted(d.name for d in folder.iterdir() if d.is_dir() and _versions(d))
+    if not versions and not config:
+        configs = [place for place in sorted(folder.glob("*/")) if _versions(place)]
         if len(configs) > 1:
-            raise UserError(
-                f"data.name: {dataset} is prepared in several configs; choose one of "
-                + ", ".join(f"{dataset}/{c}" for c in configs)
-            )
+            choice = ", ".join(f"{dataset}/{place.name}" for place in configs)
+            raise UserError(f"data.name: {dataset} has several configs; choose one of {choice}")
         if configs:
-            folder = folder / configs[0]
-            versions = _versions(folder)
-    if version in versions:
-        return str(folder / version)
-    if versions and version is None:
-        return str(folder / versions[-1])
+            folder, versions = configs[0], _versions(configs[0])
+    if versions and version in (None, *versions):
+        return str(folder / (version or versions[-1]))
     if versions:
         what = f"version {version} of {dataset} is not in {folder}, which has {versions}"
     else:
@@ -153,9 +133,7 @@ def find_dataset(name: str, data_dir: str) -> str:
 
 def _versions(folder: pathlib.Path) -> list[str]:
     """Versions prepared below ``folder``, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [d.name for d in folder.iterdir() if (d / "dataset_info.json").is_file()]
+    found = [info.parent.name for info in folder.glob("*/dataset_info.json")]
     found = [v for v in found if re.fullmatch(r"\d+\.\d+\.\d+", v)]
     return sorted(found, key=lambda v: tuple(map(int, v.split("."))))
 
@@ -168,20 +146,22 @@ def _how_to_prepare(name: str, data_dir: str) -> str:
     )
 
 
-def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
+def _the_key(info: tfds.core.DatasetInfo, kind: type, preferred: list[str]) -> str | None:
+    """The feature of a kind: the first preferred one, or the only one."""
     features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
-    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    keys = [key for key in features if isinstance(features[key], kind)]
+    chosen = [key for key in preferred if key in keys] or keys * (len(keys) == 1)
+    return chosen[0] if chosen else None
+
+
+def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
     preferred = [*(info.supervised_keys or ())[:1], "image"]
-    for key in preferred:
-        if key in images:
-            break
-    else:
-        if len(images) != 1:
-            raise UserError(
-                f"data.name: {folder} must have one picture in a record, `image` or the only "
-                f"Image feature; it has {images or 'none'} among {sorted(features)}"
-            )
-        key = images[0]
+    key, features = _the_key(info, tfds.features.Image, preferred), info.features
+    if key is None:
+        raise UserError(
+            f"data.name: {folder} must have one picture in a record, `image` or the only Image "
+            f"feature; it has {' '.join(str(features).split())}"
+        )
     if np.dtype(features[key].np_dtype) not in (np.uint8, np.uint16):
         raise UserError(
             f"data.name: feature {key!r} of {folder} is {features[key].np_dtype}; pictures of "
@@ -190,25 +170,14 @@ def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
     return key
 
 
-def _label_key(info: tfds.core.DatasetInfo) -> str | None:
-    labels = [k for k in info.features if isinstance(info.features[k], tfds.features.ClassLabel)]
-    for key in [*(info.supervised_keys or ())[1:2], "label"]:
-        if key in labels:
-            return key
-    return labels[0] if len(labels) == 1 else None
-
-
 def _allow_open_files(count: int) -> None:
     """Lets the process hold every shard open: ImageNet has 1,024, the usual limit is 1,024."""
     import resource  # not on Windows, where array_record does not exist either
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 512  # what the rest of the process may hold
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise UserError(
-            f"the dataset has {count} shards and this process may open {hard} files; "
-            f"raise the limit: ulimit -n {needed}"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            what = f"the dataset has {count} shards and this process may open {hard} files"
+            raise UserError(f"{what}; raise the limit: ulimit -n {needed}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

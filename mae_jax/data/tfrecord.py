@@ -8,7 +8,6 @@ starts, so the chain is walked once, from header to header, and the offsets are 
 import concurrent.futures
 import hashlib
 import os
-import pathlib
 import struct
 from collections.abc import Sequence
 
@@ -32,12 +31,8 @@ class TfrecordReader:
     def __init__(self, paths: Sequence[str], shard_lengths: Sequence[int]):
         """Loads the offset index of every shard, building those that are missing or stale.
 
-        Args:
-          paths: the shards.
-          shard_lengths: records each must hold, from dataset_info.json.
-
-        Raises:
-          UserError: a shard is truncated, damaged or holds another number of records.
+        Raises UserError: a shard is truncated, damaged, or does not hold as many records as its
+        entry of `shard_lengths` says.
         """
         self._paths = list(paths)
         with concurrent.futures.ThreadPoolExecutor(SCAN_THREADS) as pool:
@@ -70,8 +65,7 @@ class TfrecordReader:
 def offset_index(path: str) -> np.ndarray:
     """Start of every record of a shard, and the end of the last: int64 [n + 1].
 
-    Comes from the cache beside the shard (or, where that is not writable, ~/.cache/mae_jax) if the
-    file's size and modification time are those the cache was made for.
+    Cached beside the shard, or in ~/.cache/mae_jax, for the file's size and modification time.
     """
     stat = os.stat(path)
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
@@ -127,5 +121,5 @@ def _checksum(data: bytes) -> int:
 def _cache_places(path: str) -> list[str]:
     folder, file = os.path.split(os.path.abspath(path))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    home = pathlib.Path.home() / ".cache" / "mae_jax" / "tfrecord" / digest
-    return [os.path.join(folder, INDEX_FOLDER, file + ".npy"), str(home / (file + ".npy"))]
+    home = os.path.expanduser(f"~/.cache/mae_jax/tfrecord/{digest}")
+    return [os.path.join(place, file + ".npy") for place in (f"{folder}/{INDEX_FOLDER}", home)]

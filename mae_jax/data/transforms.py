@@ -10,7 +10,7 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mae_jax import UserError
 from mae_jax.data.randaugment import RandAugment
@@ -22,8 +22,6 @@ cv2.setNumThreads(0)
 Box = tuple[float, float, float, float]  # top, left, height, width, in pixels
 Range = tuple[float, float]  # low, high
 
-JPEG_START = b"\xff\xd8"
-EXIF_ORIENTATION = 0x0112
 CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 # Width of the blur before shrinking by s, as Gaussian sigma / s, pixels: the best fit to Pillow's
 # bicubic on 14 ImageNet photographs shrunk by 1.03 to 3 (best sigma 0.35 at 1.03, 0.8 at 2).
@@ -35,24 +33,14 @@ EVAL_CROP_RATIO_UP_TO = 224  # px; larger inputs are evaluated without cutting t
 def decode(
     image: bytes | np.ndarray | Image.Image, channels: int, name: str, *, upright: bool = False
 ) -> np.ndarray:
-    """Decodes a picture.
+    """Decodes a picture (see `Record`) to uint8 [H, W, channels].
 
     JPEG goes through libjpeg-turbo, everything else through Pillow. Gray becomes RGB and RGB
-    becomes gray as ``channels`` asks; 16 bits become the upper 8; what is transparent is laid on
-    white, so that colours nobody sees do not count.
-
-    Args:
-      image: bytes of a picture file, a picture that Pillow has opened, or uint8 [H, W, C].
-      channels: 1 or 3; any other count only for an array that has it.
-      name: names the record in errors.
-      upright: turns and mirrors the picture as its EXIF orientation asks; else it is left as the
-        pixels lie, as TFDS and torchvision leave it.
-
-    Returns:
-      uint8 [H, W, channels].
-
-    Raises:
-      DecodeError: truncated or damaged file, unknown format, or channels that cannot be had.
+    becomes gray as ``channels`` (1 or 3; any other count only for an array that has it) asks; 16
+    bits become the upper 8; what is transparent is laid on white, so that colours nobody sees do
+    not count. ``upright`` turns and mirrors the picture as its EXIF orientation asks; else pixels
+    stay as they lie, as TFDS and torchvision leave them. Raises DecodeError: truncated or damaged
+    file, unknown format, or channels that cannot be had; the message begins with ``name``.
     """
     if isinstance(image, np.ndarray):
         return _array_channels(image, channels, name)
@@ -64,17 +52,13 @@ def decode(
     if isinstance(image, Image.Image):
         pixels = _pillow_channels(image, channels)
         return _turned(pixels, image) if upright else pixels
-    if image.startswith(JPEG_START):
-        pixels = _decode_jpeg(image, channels, name)
-        if pixels is not None:
-            # EXIF is one of the first segments of a file, each 64 kB at most.
-            if upright and image.find(b"Exif\0\0", 0, 2**17) >= 0:
-                with Image.open(io.BytesIO(image)) as opened:
-                    return _turned(pixels, opened)
-            return pixels
+    pixels = _decode_jpeg(image, channels, name) if image.startswith(b"\xff\xd8") else None
+    # EXIF is one of the first segments of a JPEG file, each 64 kB at most.
+    if pixels is not None and not (upright and image.find(b"Exif\0\0", 0, 2**17) >= 0):
+        return pixels
     try:
         with Image.open(io.BytesIO(image)) as opened:
-            pixels = _pillow_channels(opened, channels)
+            pixels = _pillow_channels(opened, channels) if pixels is None else pixels
             return _turned(pixels, opened) if upright else pixels
     except Exception as e:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
         raise DecodeError(f"{name}: cannot be decoded ({len(image)} bytes): {e}") from e
@@ -83,7 +67,7 @@ def decode(
 def _turned(pixels: np.ndarray, opened: Image.Image) -> np.ndarray:
     """The picture [H, W, C] as the EXIF orientation of its file shows it."""
     try:
-        orientation = opened.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises several kinds; damaged EXIF does not spoil the pixels
         return pixels
     if orientation in (5, 6, 7, 8):
@@ -127,9 +111,8 @@ def _pillow_channels(image: Image.Image, channels: int) -> np.ndarray:
 
 def _array_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
     if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise DecodeError(
-            f"{name}: expected uint8 [H, W, C], got {image.dtype} {list(image.shape)}"
-        )
+        got = f"{image.dtype} {list(image.shape)}"
+        raise DecodeError(f"{name}: expected uint8 [H, W, C], got {got}")
     if image.shape[2] == channels:
         return image
     if image.shape[2] == 1 and channels == 3:
@@ -142,20 +125,11 @@ def _array_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
 def random_resized_crop_box(
     rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range
 ) -> Box:
-    """Draws a crop as torchvision's RandomResizedCrop does.
+    """Draws a crop of whole pixels as torchvision's RandomResizedCrop does.
 
     Ten tries of an area (a share of the picture's, uniform in ``scale``) and an aspect ratio
     (width / height, log-uniform in ``ratio``); if none fits, the largest centred crop whose
     aspect ratio lies within ``ratio``.
-
-    Args:
-      rng: consumed; nothing else is random.
-      height, width: of the picture, pixels.
-      scale: e.g. (0.2, 1.0) (MAE, Table 8).
-      ratio: e.g. (3/4, 4/3).
-
-    Returns:
-      A box of whole pixels inside the picture.
     """
     for _ in range(CROP_TRIES):
         h, w = _crop_sides(rng, height, width, scale, ratio)
@@ -175,8 +149,7 @@ def single_try_crop_box(
 ) -> Box:
     """Draws one crop, its sides cut to the picture's: what MAE's linear probes train on.
 
-    As `random_resized_crop_box`, which draws again where the crop does not fit; here a large crop
-    of a long picture therefore is more often a whole side of it.
+    So a large crop of a long picture is more often a whole side of it.
     """
     h, w = _crop_sides(rng, height, width, scale, ratio)
     return _placed(rng, height, width, max(1, min(h, height)), max(1, min(w, width)))
@@ -185,7 +158,7 @@ def single_try_crop_box(
 def _crop_sides(
     rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range
 ) -> tuple[int, int]:
-    """Height and width of a crop, pixels: area uniform, aspect ratio log-uniform; may not fit."""
+    """Height and width of a crop, pixels; they may not fit."""
     area = height * width * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -202,20 +175,12 @@ RANDOM_CROPS = {"random_resized": random_resized_crop_box, "single_try": single_
 
 
 def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Crops and resizes with Pillow's antialiased bicubic, the paper's resampling.
+    """Crops and resizes [H, W, C] to [*size, C], uint8, with Pillow's antialiased bicubic.
 
-    The same as ``Image.resize(size, BICUBIC, box=...)``. There is no short cut: on photographs
-    shrunk 4 to 6 times, halving in libjpeg costs 1.1 grey levels and 8 % of the power near the
-    highest frequency, Pillow's ``reducing_gap=2`` 0.6 to 0.9 grey levels and 10 %; on those shrunk
-    less, they cost more or do nothing.
-
-    Args:
-      image: uint8 [H, W, C].
-      box: part of ``image`` to take, pixels, fractions allowed.
-      size: height and width of the result, pixels.
-
-    Returns:
-      uint8 [*size, C].
+    That is the paper's resampling. There is no short cut: on photographs shrunk 4 to 6 times,
+    halving in libjpeg costs 1.1 grey levels and 8 % of the power near the highest frequency,
+    Pillow's ``reducing_gap=2`` 0.6 to 0.9 grey levels and 10 %; on those shrunk less, they cost
+    more or do nothing.
     """
     top, left, h, w = box
     corners = (left, top, left + w, top + h)
@@ -231,11 +196,10 @@ def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarr
 def resize_fast(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     """Crops and resizes, antialiased, with OpenCV: near Pillow's bicubic, five times as fast.
 
-    OpenCV's cubic looks at 4 x 4 pixels however much a picture shrinks, so along a side that
-    shrinks the crop is first blurred by what its pixels will stand for. On ImageNet photographs at
-    224 px the result is 0.9 grey levels (mean absolute difference) from Pillow's, with four fifths
-    of its power at half the highest frequency where it shrinks and a tenth more where it enlarges.
-    The box is rounded to whole pixels.
+    OpenCV's cubic looks at 4 x 4 pixels however much a picture shrinks, so a side that shrinks is
+    first blurred. On ImageNet photographs at 224 px the result is 0.9 grey levels (mean absolute
+    difference) from Pillow's, with four fifths of its power at half the highest frequency where it
+    shrinks and a tenth more where it enlarges. The box is rounded to whole pixels.
     """
     top, left = int(box[0]), int(box[1])
     h = max(1, min(round(box[2]), image.shape[0] - top))
@@ -258,15 +222,8 @@ def centre_box(height: int, width: int, size: tuple[int, int], crop_ratio: float
     """The part of a picture that "resize the short side, then crop the centre" shows.
 
     Resizing only this part gives the same pixels up to rounding, and does not make a picture of a
-    million columns on the way when one of 1 x 4000 pixels is resized.
-
-    Args:
-      height, width: of the picture, pixels.
-      size: height and width of the crop, pixels.
-      crop_ratio: crop over resized short side; 224 / 256 for the usual evaluation at 224.
-
-    Returns:
-      A box of the picture, fractions included.
+    million columns on the way when one of 1 x 4000 pixels is resized. ``crop_ratio``: crop over
+    resized short side; 224 / 256 for the usual evaluation at 224.
     """
     out_h, out_w = size
     full_h, full_w = int(out_h / crop_ratio), int(out_w / crop_ratio)
@@ -284,17 +241,15 @@ def centre_box(height: int, width: int, size: tuple[int, int], crop_ratio: float
 class _Crop:
     """A decoded picture's part, resized to what a model takes."""
 
-    size: tuple[int, int]
-    """Height and width of the result, pixels."""
+    size: tuple[int, int]  # height and width of the result, pixels
     channels: int = 3
 
     @property
     def schema(self) -> dict[str, ArraySpec]:
-        """What it makes of a record."""
         return {"image": ArraySpec((*self.size, self.channels), np.uint8)}
 
     def decode(self, record: Record) -> np.ndarray:
-        """The whole picture, uint8 [H, W, channels]. Raises DecodeError naming the record."""
+        """The whole picture, uint8 [H, W, channels]."""
         return decode(record.image, self.channels, record.name, upright=record.upright)
 
 
@@ -306,22 +261,15 @@ class TrainTransform(_Crop):
     evaluation crop instead of a random one (MAE, Table 1e, "none").
     """
 
-    scale: Range = (0.2, 1.0)
-    """Share of the picture's area."""
-    ratio: Range = (3 / 4, 4 / 3)
-    """Width over height."""
-    crop: str = "random_resized"
-    """One of `RANDOM_CROPS`, or `centre`."""
-    resize: str = "exact"
-    """One of `RESIZES`."""
-    randaugment: RandAugment | None = None
-    """Done to the resized crop (fine-tuning)."""
+    scale: Range = (0.2, 1.0)  # share of the picture's area
+    ratio: Range = (3 / 4, 4 / 3)  # width over height
+    crop: str = "random_resized"  # one of `RANDOM_CROPS`, or `centre`
+    resize: str = "exact"  # one of `RESIZES`
+    randaugment: RandAugment | None = None  # done to the resized crop (fine-tuning)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns "image"; consumes ``rng``. Raises DecodeError naming the record."""
         image = self.decode(record)  # [H, W, C]
-        box = self.box(rng, *image.shape[:2])
-        crop = RESIZES[self.resize](image, box, self.size)  # [H, W, C]
+        crop = RESIZES[self.resize](image, self.box(rng, *image.shape[:2]), self.size)
         if self.randaugment is None:
             return {"image": crop}
         # The recipe flips before RandAugment; here the device flips after it. Colours do not care,
@@ -345,17 +293,13 @@ class EvalTransform(_Crop):
     inputs above 224 px are not cut (``crop_ratio`` 1). A rectangle is covered likewise.
     """
 
-    crop_ratio: float | None = None
-    """Crop over resized side, in (0, 1]. None: 224 / 256 up to 224 px, else 1."""
+    crop_ratio: float | None = None  # crop over resized side; None: 224/256 up to 224 px, else 1
 
     def __post_init__(self) -> None:
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise UserError(f"crop_ratio={self.crop_ratio}: needs 0 < crop_ratio <= 1")
 
-    def __call__(
-        self, record: Record, rng: np.random.Generator | None = None
-    ) -> dict[str, np.ndarray]:
-        """Returns "image"; nothing is random. Raises DecodeError naming the record."""
+    def __call__(self, record: Record, rng: object = None) -> dict[str, np.ndarray]:
         return {"image": self.image(record)}
 
     def image(self, record: Record) -> np.ndarray:

@@ -41,7 +41,7 @@ class Drawing:
 
 def draw_reconstructions(task: Any, data: Splits, count: int, directory: Path) -> Drawing:
     """What the autoencoder of `Pretrain` makes of `count` images of the evaluation split."""
-    images, _, names = data.eval_examples(count)
+    images, _, names = data.examples(data.eval, count)
 
     def draw(title: str, result: dict[str, np.ndarray]) -> np.ndarray:
         note = task.model.target.note
@@ -52,7 +52,7 @@ def draw_reconstructions(task: Any, data: Splits, count: int, directory: Path) -
 
 def draw_predictions(task: Any, data: Splits, count: int, directory: Path) -> Drawing:
     """What the classifier of `Finetune` takes `count` images of the evaluation split for."""
-    images, labels, names = data.eval_examples(count)
+    images, labels, names = data.examples(data.eval, count)
     told = {"names": names, "class_names": data.train.class_names}
 
     def draw(title: str, probabilities: np.ndarray) -> np.ndarray:

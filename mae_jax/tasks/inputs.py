@@ -11,11 +11,7 @@ from mae_jax.data.transforms import EvalTransform, TrainTransform
 
 
 def open_splits(config: ConfigDict) -> Splits:
-    """The two splits of `config.data`, cropped to the model's input.
-
-    Raises:
-      UserError: missing or unprepared data, or labels that do not fit.
-    """
+    """The two splits of `config.data`; raises UserError for missing data or unfit labels."""
     data, size = config.data, config_lib.image_size(config)
     train, evaluation = (
         open_source(data.name, data.dir or None, split)
@@ -48,8 +44,5 @@ def open_splits(config: ConfigDict) -> Splits:
         seed=config.seed,
         batch_size=config.batch_size,
         classes=classes,
-        bad_records=data.bad_records,
-        workers=data.workers,
-        threads=data.threads,
-        prefetch=data.prefetch,
+        **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch")},
     )

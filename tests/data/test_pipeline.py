@@ -1,3 +1,4 @@
+import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
@@ -244,6 +245,19 @@ def test_workers_outlive_the_signals_of_a_jobs_end_but_not_their_parent(tmp_path
     while pathlib.Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not pathlib.Path(f"/proc/{worker}").exists()
+
+
+def test_closing_does_not_wait_for_workers_whose_neighbour_died():
+    with train(Pictures(6), batch_size=64, workers=2, prefetch=4) as batches:
+        next(batches)
+        first, second = multiprocessing.active_children()
+        first.kill()
+        with pytest.raises(concurrent.futures.process.BrokenProcessPool):
+            for _ in range(100):
+                next(batches)
+        start = time.monotonic()
+    assert time.monotonic() - start < 10
+    assert not second.is_alive()
 
 
 def test_bad_record_stops_with_its_name():

@@ -9,7 +9,8 @@ from tiny_dataset import TinyDataset, jpeg
 from mae_jax import UserError
 from mae_jax.data import demo
 from mae_jax.data.folder import list_pictures
-from mae_jax.data.sources import DecodeError, open_source
+from mae_jax.data.record import DecodeError
+from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import decode
 
 SPLITS = {"train": [5, 7, 4], "validation": [6]}

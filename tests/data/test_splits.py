@@ -25,16 +25,17 @@ def splits(source, **options):
 
 def test_examples_are_spread_over_a_split_and_come_with_their_names():
     source = Pictures(9, bad=(4,))
-    images, labels, names = splits(source, bad_records="skip").eval_examples(3)
+    images, labels, names = splits(source, bad_records="skip").examples(source, 3)
     assert labels.tolist() == [0, 8]
     assert names == ["pictures/train#0", "pictures/train#8"]
     for image, label in zip(images, labels, strict=True):
         np.testing.assert_array_equal(image, EvalTransform((8, 8)).image(source[int(label)]))
-    assert len(splits(source, bad_records="skip").eval_examples(99)[0]) == 8
+    assert len(splits(source, bad_records="skip").examples(source, 99)[0]) == 8
     with pytest.raises(DecodeError, match=r"pictures/train#4.*data\.bad_records=skip"):
-        splits(source).eval_examples(3)
+        splits(source).examples(source, 3)
+    bad = Pictures(1, bad=(0,))
     with pytest.raises(DecodeError, match="none of 1 records"):
-        splits(Pictures(1, bad=(0,)), bad_records="skip").eval_examples(3)
+        splits(bad, bad_records="skip").examples(bad, 3)
 
 
 @pytest.mark.parametrize(

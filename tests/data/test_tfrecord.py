@@ -6,7 +6,8 @@ import pytest
 from tiny_dataset import TinyDataset, write_tfrecord
 
 from mae_jax.data import tfrecord
-from mae_jax.data.sources import DecodeError, open_source
+from mae_jax.data.record import DecodeError
+from mae_jax.data.sources import open_source
 from mae_jax.data.tfrecord import TfrecordReader, offset_index
 
 RECORDS = [b"first", b"", b"x" * 5000, b"last"]
