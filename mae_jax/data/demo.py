@@ -47,7 +47,6 @@ class DemoSource:
     num_classes = len(PHOTOGRAPHS)
 
     def __init__(self, split: str):
-        """Raises UserError: scikit-image or scikit-learn is absent, or no such split."""
         self.split = split
         self.class_names = [name for name, *_ in PHOTOGRAPHS]
         self._indices = select(split, SPLITS)  # [n], validation counts on from train
@@ -60,7 +59,7 @@ class DemoSource:
         number = int(self._indices[index])
         part = "train" if number < SPLITS["train"] else "validation"
         label = number % len(PHOTOGRAPHS)
-        photograph = _parts(part)[label]  # [H, W, 3]
+        photograph = _parts(part)[label]
         height, width, _ = photograph.shape
         rng = np.random.Generator(np.random.Philox(key=number))
         side = int(rng.integers(SMALLEST_CROP, min(height, width), endpoint=True))
@@ -71,7 +70,6 @@ class DemoSource:
         return Record(crop, label, name, id=index)
 
     def identity(self) -> str:
-        """The crops follow from photographs and numbers alone."""
         return f"{self.split} {self._indices.tolist()}"
 
 
@@ -100,8 +98,7 @@ def _path(package: str, file: str) -> pathlib.Path:
     if path is None or not path.is_file():
         distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
         raise UserError(
-            f"data.name='demo' uses a photograph ({file}) that ships with {distribution}, which is "
-            "not installed here (or lacks it): pip install 'mae_jax[demo]', or choose another "
-            "data.name"
+            f"data.name='demo' uses {file} of {distribution}, which is not installed here (or "
+            "lacks it): pip install 'mae_jax[demo]', or choose another data.name"
         )
     return path

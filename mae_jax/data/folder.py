@@ -155,7 +155,7 @@ def open_folder(data_dir: str, split: str) -> PictureFiles:
 def _split_folders(root: str) -> dict[str, str]:
     """Split -> name of its folder; empty when ``root`` is not divided into splits."""
     found: dict[str, str] = {}
-    for folder in sorted(_subfolders(root)):
+    for folder in _subfolders(root):
         split = SPLIT_NAMES.get(folder.lower(), folder)
         if split in found:
             both = f"both {found[split]}/ and {folder}/, and both mean {split}"
@@ -182,7 +182,7 @@ def _list_classes(
                 f"sub-folders (e.g. {min(labelled)}); move them to one or the other"
             )
         return names, np.full(len(names), -1, np.int32), None
-    class_names = sorted(_subfolders(folder))
+    class_names = _subfolders(folder)
     if empty := sorted(set(class_names) - set(places)):
         where = f"{len(empty)} of {len(class_names)} class folders in {folder}, e.g. {empty[0]}/"
         if empty_is_error:
@@ -193,5 +193,4 @@ def _list_classes(
 
 
 def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+    return sorted(place.name for place in pathlib.Path(folder).glob("[!.]*/"))

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, ClassVar, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from absl import logging
@@ -69,7 +69,7 @@ def train_batches(
     source: Source,
     transform: Transform,
     *,
-    seed: int,
+    seed: int | None,
     batch_size: int,
     positions: np.ndarray,
     start_step: int = 0,
@@ -84,7 +84,7 @@ def train_batches(
 
     Args:
       transform: called as ``transform(record, rng)``.
-      seed: not negative; sets order and crops.
+      seed: not negative; sets order and crops. None: see `eval_batches`.
       batch_size: of the global batch.
       positions: [b], places in the global batch of the rows wanted here, in the order wanted.
       end_step: one past the last step; None goes on for ever.
@@ -99,21 +99,13 @@ def train_batches(
       Iterator of the arrays of ``transform.schema``, each [b, ...], with "label" int32 [b] and
       "id" int32 [b], the records' indices.
     """
-    builder = _TrainBuilder(source, transform, batch_size, positions, bad_records, classes, seed)
+    builder = _Builder(source, transform, batch_size, positions, bad_records, classes, seed)
     steps = range(start_step, sys.maxsize if end_step is None else end_step)
     return Batches(builder, steps, workers, threads, prefetch)
 
 
 def eval_batches(
-    source: Source,
-    transform: Transform,
-    *,
-    batch_size: int,
-    positions: np.ndarray,
-    threads: int = 0,
-    prefetch: int = 2,
-    bad_records: str = "stop",
-    classes: int | None = None,
+    source: Source, transform: Transform, *, batch_size: int, positions: np.ndarray, **loading: Any
 ) -> "Batches":
     """Every record once, in order, in ceil(N / batch_size) batches in every process.
 
@@ -121,16 +113,14 @@ def eval_batches(
     cannot be decoded, with ``bad_records="skip"``: no other record takes their place. Called as
     ``transform(record, None)``. The rest as in `train_batches`, with "weight" float32 [b] besides.
     """
-    builder = _EvalBuilder(source, transform, batch_size, positions, bad_records, classes)
-    return Batches(builder, range(-(-len(source) // batch_size)), 0, threads, prefetch)
+    places = {"batch_size": batch_size, "positions": positions}
+    end = -(-len(source) // batch_size)
+    return train_batches(source, transform, seed=None, end_step=end, **places, **loading)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
-    """Fills rows of batches. Picklable; fields as the arguments of `train_batches`.
-
-    Its kinds have ``example(g, errors)``, the arrays of example ``g``; those left out are zeros.
-    """
+    """Fills rows of batches. Picklable; fields as the arguments of `train_batches`."""
 
     source: Source
     transform: Transform
@@ -138,9 +128,7 @@ class _Builder:
     positions: np.ndarray
     bad_records: str
     classes: int | None
-    seed: int = 0
-
-    extra: ClassVar = {"label": ArraySpec((), np.int32), "id": ArraySpec((), np.int32)}
+    seed: int | None  # None: evaluation, records in order
 
     def __post_init__(self) -> None:
         places, most = self.positions, self.batch_size
@@ -153,62 +141,51 @@ class _Builder:
 
     @property
     def schema(self) -> Mapping[str, ArraySpec]:
-        return {**self.transform.schema, **self.extra}
+        number = ArraySpec((), np.int32)
+        weight = {"weight": ArraySpec((), np.float32)} if self.seed is None else {}
+        return {**self.transform.schema, "label": number, "id": number, **weight}
 
     def fill(self, batch: Mapping[str, np.ndarray], step: int, rows: Sequence[int]) -> list[str]:
         """Writes rows of the batch of a step; returns messages of those that cannot be decoded."""
         errors: list[str] = []
         for row in rows:
             g = step * self.batch_size + int(self.positions[row])
-            for name, value in self.example(g, errors).items():
+            for name, value in self._example(g, errors).items():
                 batch[name][row] = value
         return errors
 
-    def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """The arrays of a record, with its label and id."""
+    def _example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
+        """The arrays of example ``g``; those left out are zeros."""
+        n = len(self.source)
+        if self.seed is None:
+            indices = range(n)[g : g + 1]  # empty: padding
+        else:
+            first = example_index(self.seed, g, n)
+            indices = ((first + i) % n for i in range(n))
+        for i, index in enumerate(indices):
+            try:
+                return self._read(index, g)
+            except DecodeError as e:
+                if self.bad_records != "skip":
+                    remedy = "Mend or remove it, or train without such records"
+                    raise DecodeError(f"{e}. {remedy}: data.bad_records=skip") from e
+                if not i:  # what counts is the row, not how many bad records lie side by side
+                    errors.append(str(e))
+        if self.seed is None:
+            return {"id": -1}
+        raise DecodeError(f"none of the {n} records of {self.source.name} can be decoded")
+
+    def _read(self, index: int, g: int) -> Mapping[str, Any]:
+        """The arrays of a record, cropped by the numbers of the example that it stands for."""
         record = self.source[index]
-        arrays = self.transform(record, rng)
+        rng = None if self.seed is None else example_rng(self.seed, g)
+        arrays = {**self.transform(record, rng), "label": record.label, "id": record.id}
         if self.classes is not None and not 0 <= record.label < self.classes:
             raise LabelError(
                 f"{record.name}: label {record.label} lies outside the {self.classes} classes of "
                 f"{self.source.name} (0 to {self.classes - 1}); mend the data set"
             )
-        return {**arrays, "label": record.label, "id": record.id}
-
-    def passed_over(self, error: DecodeError) -> str:
-        """The message of a record that is skipped; raises where none may be."""
-        if self.bad_records != "skip":
-            raise DecodeError(
-                f"{error}. Mend or remove it, or train without such records: data.bad_records=skip"
-            ) from error
-        return str(error)
-
-
-class _TrainBuilder(_Builder):
-    def example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
-        n = len(self.source)
-        first = example_index(self.seed, g, n)
-        for i in range(n):
-            try:
-                # A substitute is cropped by the numbers of the row it stands in for.
-                return self.read((first + i) % n, example_rng(self.seed, g))
-            except DecodeError as e:
-                message = self.passed_over(e)
-                if not i:  # what counts is the row, not how many bad records lie side by side
-                    errors.append(message)
-        raise DecodeError(f"none of the {n} records of {self.source.name} can be decoded")
-
-
-class _EvalBuilder(_Builder):
-    extra: ClassVar = {**_Builder.extra, "weight": ArraySpec((), np.float32)}
-
-    def example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
-        if g < len(self.source):
-            try:
-                return {**self.read(g, None), "weight": 1}
-            except DecodeError as e:
-                errors.append(self.passed_over(e))
-        return {"id": -1}
+        return arrays if rng else {**arrays, "weight": 1}
 
 
 class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]):
@@ -295,11 +272,8 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
 
 
 def _shared_file() -> tuple[IO[bytes], str]:
-    """A file in memory that workers open by its path; gone when everybody has closed it.
-
-    Not in /dev/shm, of which a container has 64 MB.
-    """
-    if hasattr(os, "memfd_create"):
+    """A file in memory that workers open by its path; gone when everybody has closed it."""
+    if hasattr(os, "memfd_create"):  # not in /dev/shm, of which a container has 64 MB
         file = os.fdopen(os.memfd_create("mae_jax-batch"), "r+b")
         return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
     file = tempfile.NamedTemporaryFile()  # noqa: SIM115 (no Linux: on disk)

@@ -27,13 +27,15 @@ SOLARIZE_ADD = 110  # grey levels
 GREY_LEVELS = np.arange(256)
 
 Fill = tuple[int, ...]
-Op = Callable[[Image.Image, float, int, Fill | int], Image.Image]
+Op = Callable[[Image.Image, float, float, Fill | int], Image.Image]
 
 
-def _moved(image: Image.Image, fill: Fill | int, x: tuple, y: tuple) -> Image.Image:
-    # (x, y, 1) times these rows leads from places in the result to the picture's, from top left.
-    bicubic = Image.Resampling.BICUBIC
-    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), bicubic, fillcolor=fill)
+def _moved(
+    image: Image.Image, fill: Fill | int, x: float = 0, y: float = 0, xy: float = 0, yx: float = 0
+) -> Image.Image:
+    # The picture's (x, y) at places of the result, from top left; xy: pixels along x per y.
+    matrix, affine = (1, xy, x, yx, 1, y), Image.Transform.AFFINE
+    return image.transform(image.size, affine, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def _mapped(image: Image.Image, table: np.ndarray) -> Image.Image:
@@ -47,55 +49,49 @@ def _posterized(image: Image.Image, bits: int) -> Image.Image:
     return _mapped(image, GREY_LEVELS & ~(2 ** (8 - bits) - 1))
 
 
-def _solarize_add(image: Image.Image, share: float, sign: int, fill: Fill | int) -> Image.Image:
+def _solarize_add(image: Image.Image, share: float, *_: object) -> Image.Image:
     brighter = np.minimum(GREY_LEVELS + int(SOLARIZE_ADD * share), 255)
     return _mapped(image, np.where(GREY_LEVELS < 128, brighter, GREY_LEVELS))
 
 
 def _enhanced(enhancer: type) -> Op:
-    return lambda image, share, sign, fill: enhancer(image).enhance(0.1 + 1.8 * share)
+    return lambda image, share, *_: enhancer(image).enhance(0.1 + 1.8 * share)
 
 
 def _enhanced_increasing(enhancer: type) -> Op:
-    return lambda image, share, sign, fill: enhancer(image).enhance(1 + sign * ENHANCE * share)
+    return lambda image, share, signed, fill: enhancer(image).enhance(1 + ENHANCE * signed)
 
 
-# Each takes the level as a share of the maximum, a sign (+1 or -1) for ops that have two
+# Each takes the level as a share of the maximum, the same with a sign for ops that have two
 # directions, and the grey levels of what a moved picture leaves empty.
 _COMMON: dict[str, Op] = {
-    "AutoContrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
-    "Equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
-    "Invert": lambda image, share, sign, fill: ImageOps.invert(image),
-    "Rotate": lambda image, share, sign, fill: image.rotate(  # counterclockwise, about the centre
-        sign * ROTATE_DEGREES * share, Image.Resampling.BICUBIC, fillcolor=fill
+    "AutoContrast": lambda image, share, *_: ImageOps.autocontrast(image),
+    "Equalize": lambda image, share, *_: ImageOps.equalize(image),
+    "Invert": lambda image, share, *_: ImageOps.invert(image),
+    "Rotate": lambda image, share, signed, fill: image.rotate(  # counterclockwise, about the centre
+        ROTATE_DEGREES * signed, Image.Resampling.BICUBIC, fillcolor=fill
     ),
     "SolarizeAdd": _solarize_add,
-    "ShearX": lambda image, share, sign, fill: _moved(
-        image, fill, (1, sign * SHEAR * share, 0), (0, 1, 0)
+    "ShearX": lambda image, share, signed, fill: _moved(image, fill, xy=SHEAR * signed),
+    "ShearY": lambda image, share, signed, fill: _moved(image, fill, yx=SHEAR * signed),
+    "TranslateXRel": lambda image, share, signed, fill: _moved(
+        image, fill, x=TRANSLATE * signed * image.width
     ),
-    "ShearY": lambda image, share, sign, fill: _moved(
-        image, fill, (1, 0, 0), (sign * SHEAR * share, 1, 0)
-    ),
-    "TranslateXRel": lambda image, share, sign, fill: _moved(
-        image, fill, (1, 0, sign * TRANSLATE * share * image.width), (0, 1, 0)
-    ),
-    "TranslateYRel": lambda image, share, sign, fill: _moved(
-        image, fill, (1, 0, 0), (0, 1, sign * TRANSLATE * share * image.height)
+    "TranslateYRel": lambda image, share, signed, fill: _moved(
+        image, fill, y=TRANSLATE * signed * image.height
     ),
 }
 _ENHANCERS = ("Color", "Contrast", "Brightness", "Sharpness")
 PLAIN_OPS: dict[str, Op] = _COMMON | {
-    "Posterize": lambda image, share, sign, fill: _posterized(image, int(POSTERIZE_BITS * share)),
-    "Solarize": lambda image, share, sign, fill: ImageOps.solarize(image, int(256 * share)),
+    "Posterize": lambda image, share, *_: _posterized(image, int(POSTERIZE_BITS * share)),
+    "Solarize": lambda image, share, *_: ImageOps.solarize(image, int(256 * share)),
     **{name: _enhanced(getattr(ImageEnhance, name)) for name in _ENHANCERS},
 }
 INCREASING_OPS: dict[str, Op] = _COMMON | {
-    "PosterizeIncreasing": lambda image, share, sign, fill: _posterized(
+    "PosterizeIncreasing": lambda image, share, *_: _posterized(
         image, POSTERIZE_BITS - int(POSTERIZE_BITS * share)
     ),
-    "SolarizeIncreasing": lambda image, share, sign, fill: ImageOps.solarize(
-        image, 256 - int(256 * share)
-    ),
+    "SolarizeIncreasing": lambda image, share, *_: ImageOps.solarize(image, 256 - int(256 * share)),
     **{f"{n}Increasing": _enhanced_increasing(getattr(ImageEnhance, n)) for n in _ENHANCERS},
 }
 
@@ -108,8 +104,8 @@ def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> 
     """
     op = (PLAIN_OPS | INCREASING_OPS)[name]
     picture = Image.fromarray(image if len(fill) == 3 else image[:, :, 0])
-    color = fill if len(fill) == 3 else fill[0]
-    return np.asarray(op(picture, level / MAX_LEVEL, sign, color)).reshape(image.shape)
+    color, share = fill if len(fill) == 3 else fill[0], level / MAX_LEVEL
+    return np.asarray(op(picture, share, sign * share, color)).reshape(image.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +159,5 @@ def parse_randaugment(spec: str, fill: Fill) -> RandAugment:
             return RandAugment(m, mstd, int(n), inc == 1, tuple(fill))
     raise UserError(
         f"augment.randaugment={spec!r}: write it as rand-m9-mstd0.5-inc1 with m and mstd in "
-        "[0, 10], inc 0 or 1, and n (ops drawn, e.g. n2) at least 1, each at most once; "
-        "or '' for none"
+        "[0, 10], inc 0 or 1, and n (ops drawn) at least 1, each at most once; or '' for none"
     )

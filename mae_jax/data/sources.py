@@ -12,9 +12,6 @@ def open_source(name: str, data_dir: str | None, split: str) -> Source:
         folder of images), or a TFDS dataset: ``name``, ``name:version``, ``name/config:version``.
       data_dir: the folder of images, or the folder TFDS prepared datasets in; unused by ``demo``.
       split: a split in TFDS notation, e.g. ``train``, ``train[:10%]``, ``train[-64:]``.
-
-    Raises:
-      UserError: a field that cannot be right, data or an extra that is not there.
     """
     if not name:
         raise UserError("data.name is empty: give `demo`, `folder` or the name of a TFDS dataset")
@@ -25,9 +22,8 @@ def open_source(name: str, data_dir: str | None, split: str) -> Source:
         return DemoSource(split)
     if not data_dir:
         raise UserError(
-            f"data.dir is not set, and data.name={name!r} needs it: the folder of images for "
-            "`folder`, the folder given to `tfds build --data_dir` for a TFDS dataset "
-            "(TFDS itself uses ~/tensorflow_datasets)"
+            f"data.dir is not set, and data.name={name!r} needs it: the folder of images, or that "
+            "given to `tfds build --data_dir` (TFDS itself uses ~/tensorflow_datasets)"
         )
     if name == "folder":
         from mae_jax.data.folder import open_folder

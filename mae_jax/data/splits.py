@@ -20,11 +20,9 @@ class Splits:
     eval_transform: EvalTransform
     seed: int
     batch_size: int
-    classes: int | None
-    """Of a labelled set whose labels are read, else None."""
-    bad_records: str = "stop"
-    workers: int = 0
-    """For training; the other loading fields hold for both. See `pipeline.train_batches`."""
+    classes: int | None  # of a labelled set whose labels are read, else None
+    bad_records: str = "stop"  # this and what follows: see `pipeline.train_batches`
+    workers: int = 0  # for training
     threads: int = 0
     prefetch: int = 2
 
@@ -32,17 +30,9 @@ class Splits:
         self, positions: np.ndarray, start_step: int, end_step: int
     ) -> pipeline.Batches:
         """This process's rows of the batches of steps `start_step` to `end_step`."""
-        return pipeline.train_batches(
-            self.train,
-            self.train_transform,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            positions=positions,
-            start_step=start_step,
-            end_step=end_step,
-            workers=self.workers,
-            **self.loading,
-        )
+        options = {"seed": self.seed, "batch_size": self.batch_size, "positions": positions}
+        options |= {"start_step": start_step, "end_step": end_step, "workers": self.workers}
+        return pipeline.train_batches(self.train, self.train_transform, **options, **self.loading)
 
     def eval_batches(self, positions: np.ndarray, batch_size: int) -> pipeline.Batches:
         """This process's rows of the evaluation split, every example once."""
@@ -90,9 +80,8 @@ def common_classes(train: Source, evaluation: Source, fields: str, need: str) ->
             )
     if (train.num_classes, train.class_names) != (evaluation.num_classes, evaluation.class_names):
         odd = sorted(set(train.class_names or ()) ^ set(evaluation.class_names or ()))[:5]
-        how = f", in one of them only: {', '.join(odd)}" if odd else ""
-        if not odd and train.num_classes == evaluation.num_classes:
-            how = ", in another order"
+        how = ", in another order" * (train.num_classes == evaluation.num_classes)
+        how = f", in one of them only: {', '.join(odd)}" if odd else how
         raise UserError(
             f"{fields}.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
             f"{train.split} has {train.num_classes}{how}. Labels would not mean the same; give "

@@ -45,10 +45,8 @@ class TfdsSource:
         remedy = _how_to_prepare(name, data_dir)
         self._paths = paths = [os.fspath(p.filename) for p in pieces]
         if absent := [p for p in paths if not os.path.exists(p)]:
-            raise UserError(
-                f"data.dir: {len(absent)} of {len(paths)} shards of {name} {split!r} are missing, "
-                f"the first is {absent[0]}. {remedy}"
-            )
+            what = f"{len(absent)} of {len(paths)} shards of {name} {split!r} are missing"
+            raise UserError(f"data.dir: {what}, the first is {absent[0]}. {remedy}")
         self._ends = np.cumsum([p.take for p in pieces])  # [number of pieces]
         self._skips = [p.skip for p in pieces]
         _allow_open_files(len(paths))
@@ -98,16 +96,12 @@ def find_dataset(name: str, data_dir: str) -> str:
     UserError: nothing there, or ``name`` is malformed or leaves several configs to choose from.
     """
     if "://" in data_dir:
-        raise UserError(
-            f"data.dir={data_dir!r} is not a local path; mount the bucket (e.g. with gcsfuse) or "
-            "copy the dataset, then give the local folder"
-        )
+        remedy = "mount the bucket (e.g. with gcsfuse) or copy the dataset"
+        raise UserError(f"data.dir={data_dir!r} is not a local path; {remedy}")
     parsed = re.fullmatch(r"([\w-]+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
     if not parsed:
-        raise UserError(
-            f"data.name={name!r} is not `demo`, `folder`, or a TFDS dataset written as `name`, "
-            "`name:1.2.3`, `name/config` or `name/config:1.2.3`"
-        )
+        forms = "`demo`, `folder`, or a TFDS dataset: `name`, `name:1.2.3`, `name/config[:1.2.3]`"
+        raise UserError(f"data.name={name!r} is none of {forms}")
     dataset, config, version = parsed.groups()
     root = pathlib.Path(data_dir).expanduser().absolute()
     if not root.is_dir():
@@ -158,15 +152,11 @@ def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
     preferred = [*(info.supervised_keys or ())[:1], "image"]
     key, features = _the_key(info, tfds.features.Image, preferred), info.features
     if key is None:
-        raise UserError(
-            f"data.name: {folder} must have one picture in a record, `image` or the only Image "
-            f"feature; it has {' '.join(str(features).split())}"
-        )
+        what = f"`image` or the only Image feature; it has {' '.join(str(features).split())}"
+        raise UserError(f"data.name: {folder} must have one picture in a record, {what}")
     if np.dtype(features[key].np_dtype) not in (np.uint8, np.uint16):
-        raise UserError(
-            f"data.name: feature {key!r} of {folder} is {features[key].np_dtype}; pictures of "
-            "8 or 16 bits can be read"
-        )
+        what = f"feature {key!r} of {folder} is {features[key].np_dtype}"
+        raise UserError(f"data.name: {what}; pictures of 8 or 16 bits can be read")
     return key
 
 

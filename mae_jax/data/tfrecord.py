@@ -29,20 +29,14 @@ class TfrecordReader:
     """Reads record ``position`` of shard ``shard``. Picklable; opens shards on first use."""
 
     def __init__(self, paths: Sequence[str], shard_lengths: Sequence[int]):
-        """Loads the offset index of every shard, building those that are missing or stale.
-
-        Raises UserError: a shard is truncated, damaged, or does not hold as many records as its
-        entry of `shard_lengths` says.
-        """
+        """Raises UserError: a shard is damaged, or not as long as `shard_lengths` says."""
         self._paths = list(paths)
         with concurrent.futures.ThreadPoolExecutor(SCAN_THREADS) as pool:
             self._offsets = list(pool.map(offset_index, self._paths))  # per shard: [n + 1]
         for path, offsets, length in zip(self._paths, self._offsets, shard_lengths, strict=True):
             if len(offsets) - 1 != length:
-                raise UserError(
-                    f"{path} holds {len(offsets) - 1} records where dataset_info.json says "
-                    f"{length}: the shard is damaged or from another build; prepare it again"
-                )
+                what = f"{len(offsets) - 1} records where dataset_info.json says {length}"
+                raise UserError(f"{path} holds {what}; prepare it again")
         self._files: list = [None] * len(self._paths)
 
     def read(self, shard: int, position: int) -> bytes:
@@ -69,7 +63,10 @@ def offset_index(path: str) -> np.ndarray:
     """
     stat = os.stat(path)
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
-    places = _cache_places(path)
+    folder, file_name = os.path.split(os.path.abspath(path))
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    home = os.path.expanduser(f"~/.cache/mae_jax/tfrecord/{digest}")
+    places = [f"{place}/{file_name}.npy" for place in (f"{folder}/{INDEX_FOLDER}", home)]
     for place in places:
         try:
             cached = np.load(place, allow_pickle=False)
@@ -91,24 +88,21 @@ def offset_index(path: str) -> np.ndarray:
 
 
 def _walk(path: str, size: int) -> np.ndarray:
-    offsets = [0]
+    offsets, remedy = [0], "Copy or prepare the shard again"
     with open(path, "rb", buffering=0) as file:
-        while offsets[-1] < size:
-            record = len(offsets) - 1
-            header = os.pread(file.fileno(), HEADER.size, offsets[-1])
+        while (start := offsets[-1]) < size:
+            record, end = len(offsets) - 1, size + 1
+            header = os.pread(file.fileno(), HEADER.size, start)
             if len(header) == HEADER.size:
                 length, checksum = HEADER.unpack(header)
                 if _checksum(header[:8]) != checksum:
-                    raise UserError(
-                        f"{path}: the header of record {record} fails its checksum; the file is "
-                        "damaged or not a TFRecord file. Copy or prepare the shard again"
-                    )
-                offsets.append(offsets[-1] + HEADER.size + length + FOOTER.size)
-            if len(header) < HEADER.size or offsets[-1] > size:
-                raise UserError(
-                    f"{path} is truncated: record {record} runs past its end at byte {size}. "
-                    "Copy or prepare the shard again"
-                )
+                    what = f"the header of record {record} fails its checksum"
+                    raise UserError(f"{path}: {what}; damaged, or no TFRecord file. {remedy}")
+                end = start + HEADER.size + length + FOOTER.size
+            if end > size:
+                what = f"record {record} runs past its end at byte {size}"
+                raise UserError(f"{path} is truncated: {what}. {remedy}")
+            offsets.append(end)
     return np.asarray(offsets, np.int64)
 
 
@@ -116,10 +110,3 @@ def _checksum(data: bytes) -> int:
     """TFRecord's masked crc32c: rotated right by 15 and shifted by a constant."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _cache_places(path: str) -> list[str]:
-    folder, file = os.path.split(os.path.abspath(path))
-    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    home = os.path.expanduser(f"~/.cache/mae_jax/tfrecord/{digest}")
-    return [os.path.join(place, file + ".npy") for place in (f"{folder}/{INDEX_FOLDER}", home)]

@@ -26,8 +26,6 @@ CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 # Width of the blur before shrinking by s, as Gaussian sigma / s, pixels: the best fit to Pillow's
 # bicubic on 14 ImageNet photographs shrunk by 1.03 to 3 (best sigma 0.35 at 1.03, 0.8 at 2).
 BLUR_PER_SHRINK = 0.39
-EVAL_CROP_RATIO = 224 / 256  # evaluation up to 224 px: short side to 256, centre crop 224
-EVAL_CROP_RATIO_UP_TO = 224  # px; larger inputs are evaluated without cutting the border
 
 
 def decode(
@@ -136,11 +134,8 @@ def random_resized_crop_box(
         if 0 < w <= width and 0 < h <= height:
             return _placed(rng, height, width, h, w)
     # A one-pixel side times an extreme ratio rounds to nothing: a crop has at least one pixel.
-    h, w = height, width
-    if width / height < ratio[0]:
-        h = max(1, round(width / ratio[0]))
-    elif width / height > ratio[1]:
-        w = max(1, round(height * ratio[1]))
+    h = max(1, min(height, round(width / ratio[0])))
+    w = max(1, min(width, round(height * ratio[1])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -205,12 +200,11 @@ def resize_fast(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarra
     h = max(1, min(round(box[2]), image.shape[0] - top))
     w = max(1, min(round(box[3]), image.shape[1] - left))
     crop = image[top : top + h, left : left + w]
-    shrink_y, shrink_x = max(1.0, h / size[0]), max(1.0, w / size[1])
-    if shrink_y > 1 or shrink_x > 1:
-        taps = 2 * math.ceil(shrink_x) - 1, 2 * math.ceil(shrink_y) - 1  # 1 tap: left as it is
-        sigma_x, sigma_y = BLUR_PER_SHRINK * shrink_x, BLUR_PER_SHRINK * shrink_y
-        border = cv2.BORDER_REPLICATE
-        crop = cv2.GaussianBlur(crop, taps, sigma_x, sigmaY=sigma_y, borderType=border)
+    x, y = max(1.0, w / size[1]), max(1.0, h / size[0])  # times that it shrinks
+    if max(x, y) > 1:
+        taps = 2 * math.ceil(x) - 1, 2 * math.ceil(y) - 1  # 1 tap: left as it is
+        sigma, edge = BLUR_PER_SHRINK, cv2.BORDER_REPLICATE
+        crop = cv2.GaussianBlur(crop, taps, sigma * x, sigmaY=sigma * y, borderType=edge)
     out = cv2.resize(crop, size[::-1], interpolation=cv2.INTER_CUBIC)
     return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
 
@@ -248,10 +242,6 @@ class _Crop:
     def schema(self) -> dict[str, ArraySpec]:
         return {"image": ArraySpec((*self.size, self.channels), np.uint8)}
 
-    def decode(self, record: Record) -> np.ndarray:
-        """The whole picture, uint8 [H, W, channels]."""
-        return decode(record.image, self.channels, record.name, upright=record.upright)
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform(_Crop):
@@ -268,14 +258,13 @@ class TrainTransform(_Crop):
     randaugment: RandAugment | None = None  # done to the resized crop (fine-tuning)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image = self.decode(record)  # [H, W, C]
+        image = decode(record.image, self.channels, record.name, upright=record.upright)
         crop = RESIZES[self.resize](image, self.box(rng, *image.shape[:2]), self.size)
         if self.randaugment is None:
             return {"image": crop}
-        # The recipe flips before RandAugment; here the device flips after it. Colours do not care,
-        # and mirrored, rotation, shear and translation are the same with the other sign, which is
-        # as likely: equal in distribution. But ShearY holds the left edge in place, so half of
-        # its results here are mirror images of the recipe's.
+        # The recipe flips before RandAugment; here the device flips after it, which is equal in
+        # distribution: mirrored, an op is the same with the other sign, which is as likely. But
+        # ShearY holds the left edge in place: half of its results are mirrored ones here.
         return {"image": self.randaugment(crop, rng)}
 
     def box(self, rng: np.random.Generator, height: int, width: int) -> Box:
@@ -296,7 +285,7 @@ class EvalTransform(_Crop):
     crop_ratio: float | None = None  # crop over resized side; None: 224/256 up to 224 px, else 1
 
     def __post_init__(self) -> None:
-        if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
+        if not 0 < (self.crop_ratio or 1) <= 1:
             raise UserError(f"crop_ratio={self.crop_ratio}: needs 0 < crop_ratio <= 1")
 
     def __call__(self, record: Record, rng: object = None) -> dict[str, np.ndarray]:
@@ -304,10 +293,10 @@ class EvalTransform(_Crop):
 
     def image(self, record: Record) -> np.ndarray:
         """The picture as the model sees it, uint8 [*size, channels]."""
-        image = self.decode(record)  # [H, W, C]
+        image = decode(record.image, self.channels, record.name, upright=record.upright)
         ratio = self.crop_ratio or _eval_crop_ratio(self.size)
         return resize_exact(image, centre_box(*image.shape[:2], self.size, ratio), self.size)
 
 
 def _eval_crop_ratio(size: tuple[int, int]) -> float:
-    return EVAL_CROP_RATIO if max(size) <= EVAL_CROP_RATIO_UP_TO else 1.0
+    return 224 / 256 if max(size) <= 224 else 1.0

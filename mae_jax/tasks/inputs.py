@@ -13,19 +13,15 @@ from mae_jax.data.transforms import EvalTransform, TrainTransform
 def open_splits(config: ConfigDict) -> Splits:
     """The two splits of `config.data`; raises UserError for missing data or unfit labels."""
     data, size = config.data, config_lib.image_size(config)
-    train, evaluation = (
-        open_source(data.name, data.dir or None, split)
-        for split in (data.train_split, data.eval_split)
-    )
+    train = open_source(data.name, data.dir, data.train_split)
+    evaluation = open_source(data.name, data.dir, data.eval_split)
     classes = None
     if config.task != "pretrain":
         need = f"task {config.task} learns from labels: choose a labelled data set"
         classes = common_classes(train, evaluation, "data", need)
         if config.head.classes not in (0, classes):
-            raise UserError(
-                f"head.classes = {config.head.classes}, but {train.name} has {classes} classes; "
-                "0 takes the data set's"
-            )
+            what = f"head.classes = {config.head.classes}, but {train.name} has {classes} classes"
+            raise UserError(f"{what}; 0 takes the data set's")
     spec = config.augment.randaugment
     fill = tuple(round(255 * mean) for mean in data.mean)
     return Splits(
