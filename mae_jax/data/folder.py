@@ -171,16 +171,12 @@ def _list_classes(
     names = list_pictures(folder, "data.dir")
     places = [os.path.dirname(name) for name in names]
     if deep := [name for name in names if name.count(os.sep) > 1]:
-        raise UserError(
-            f"data.dir: {os.path.join(folder, deep[0])} lies too deep: a class is one folder "
-            f"directly in {folder}, with its pictures directly in it"
-        )
+        remedy = f"a class is one folder directly in {folder}, its pictures directly in that"
+        raise UserError(f"data.dir: {os.path.join(folder, deep[0])} lies too deep: {remedy}")
     if "" in places:
         if labelled := set(places) - {""}:
-            raise UserError(
-                f"data.dir: {folder} holds pictures both loose (e.g. {names[0]}) and in "
-                f"sub-folders (e.g. {min(labelled)}); move them to one or the other"
-            )
+            what = f"pictures both loose (e.g. {names[0]}) and in folders (e.g. {min(labelled)})"
+            raise UserError(f"data.dir: {folder} holds {what}; move them to one or the other")
         return names, np.full(len(names), -1, np.int32), None
     class_names = _subfolders(folder)
     if empty := sorted(set(class_names) - set(places)):

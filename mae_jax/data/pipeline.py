@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -181,19 +182,15 @@ class _Builder:
         rng = None if self.seed is None else example_rng(self.seed, g)
         arrays = {**self.transform(record, rng), "label": record.label, "id": record.id}
         if self.classes is not None and not 0 <= record.label < self.classes:
-            raise LabelError(
-                f"{record.name}: label {record.label} lies outside the {self.classes} classes of "
-                f"{self.source.name} (0 to {self.classes - 1}); mend the data set"
-            )
+            what = f"outside the {self.classes} classes of {self.source.name}"
+            raise LabelError(f"{record.name}: label {record.label} lies {what}; mend the data set")
         return arrays if rng else {**arrays, "weight": 1}
 
 
 class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]):
     """Iterator over batches. Close it (or use it in a `with` statement) to end its processes.
 
-    ``skipped``: rows of the batches handed out so far whose record could not be decoded
-    (``bad_records="skip"``), in this process.
-
+    ``skipped``: rows handed out so far, in this process, whose record could not be decoded.
     The rows of a batch are filled by many threads, or by worker processes in memory that they share
     with this one: a batch exists once, and a worker holds no more than the row it works on.
     """
@@ -225,10 +222,7 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
 
     def _start_ahead(self) -> None:
         """Hands the rows of the next batches to threads or workers."""
-        while len(self._pending) <= self._prefetch:
-            step = next(self._steps, None)
-            if step is None:
-                return
+        for step in itertools.islice(self._steps, self._prefetch + 1 - len(self._pending)):
             file = None
             if self._shared:
                 file, path = _shared_file()
@@ -300,12 +294,12 @@ def _start_worker(builder: _Builder, threads: int) -> None:
     # checkpoint to write, decides; a worker ends with it, however it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
+    def exit_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _fill_in_worker(path: str, step: int, rows: Sequence[int]) -> list[str]:

@@ -23,7 +23,6 @@ TRANSLATE = 0.45  # of the side
 ENHANCE = 0.9  # distance of an enhancement factor from 1, "increasing" ops
 POSTERIZE_BITS = 4
 SOLARIZE_ADD = 110  # grey levels
-
 GREY_LEVELS = np.arange(256)
 
 Fill = tuple[int, ...]

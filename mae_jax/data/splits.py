@@ -73,11 +73,9 @@ def common_classes(train: Source, evaluation: Source, fields: str, need: str) ->
     """
     for source in (train, evaluation):
         if source.num_classes is None:
-            raise UserError(
-                f"{fields}.name: {source.name}, split {source.split}, has no labels, and {need}. "
-                "A folder needs one sub-folder a class: FOLDER/train/CLASS/*.jpg, "
-                "FOLDER/validation/CLASS/*.jpg"
-            )
+            what = f"{source.name}, split {source.split}, has no labels, and {need}"
+            remedy = "A folder needs train/CLASS/*.jpg and validation/CLASS/*.jpg"
+            raise UserError(f"{fields}.name: {what}. {remedy}")
     if (train.num_classes, train.class_names) != (evaluation.num_classes, evaluation.class_names):
         odd = sorted(set(train.class_names or ()) ^ set(evaluation.class_names or ()))[:5]
         how = ", in another order" * (train.num_classes == evaluation.num_classes)

@@ -27,8 +27,7 @@ class TfdsSource:
         folder = find_dataset(name, data_dir)
         info = tfds.builder_from_directory(folder).info
         self._image_key = _image_key(folder, info)
-        labels = [*(info.supervised_keys or ())[1:2], "label"]
-        self._label_key = _the_key(info, tfds.features.ClassLabel, labels)
+        self._label_key = _the_key(info, tfds.features.ClassLabel, 1, "label")
         self.num_classes, self.class_names = None, None
         if self._label_key is not None:
             names = list(info.features[self._label_key].names)
@@ -133,24 +132,22 @@ def _versions(folder: pathlib.Path) -> list[str]:
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:
-    return (
-        f"Prepare it, where TensorFlow is installed, with `tfds build {name} "
-        f"--data_dir={data_dir} --file_format=array_record` "
-        f"(or tfds.load({name!r}, data_dir={data_dir!r}), which writes tfrecord)."
-    )
+    command = f"`tfds build {name} --data_dir={data_dir} --file_format=array_record`"
+    other = "or `tfds.load`, which writes tfrecord"
+    return f"Prepare it, where TensorFlow is installed, with {command} ({other})."
 
 
-def _the_key(info: tfds.core.DatasetInfo, kind: type, preferred: list[str]) -> str | None:
-    """The feature of a kind: the first preferred one, or the only one."""
+def _the_key(info: tfds.core.DatasetInfo, kind: type, place: int, name: str) -> str | None:
+    """The feature of a kind: at a place of the supervised keys, of a name, or the only one."""
     features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
     keys = [key for key in features if isinstance(features[key], kind)]
-    chosen = [key for key in preferred if key in keys] or keys * (len(keys) == 1)
+    supervised = (info.supervised_keys or ())[place : place + 1]
+    chosen = [key for key in (*supervised, name) if key in keys] or keys * (len(keys) == 1)
     return chosen[0] if chosen else None
 
 
 def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
-    preferred = [*(info.supervised_keys or ())[:1], "image"]
-    key, features = _the_key(info, tfds.features.Image, preferred), info.features
+    key, features = _the_key(info, tfds.features.Image, 0, "image"), info.features
     if key is None:
         what = f"`image` or the only Image feature; it has {' '.join(str(features).split())}"
         raise UserError(f"data.name: {folder} must have one picture in a record, {what}")

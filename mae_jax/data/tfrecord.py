@@ -21,7 +21,6 @@ from mae_jax.storage.files import complete_or_absent
 
 HEADER = struct.Struct("<QI")  # length and its checksum, before the data
 FOOTER = struct.Struct("<I")  # checksum of the data, after them
-INDEX_FOLDER = ".mae_jax_index"  # beside the shards
 SCAN_THREADS = 16  # walking a chain waits for the disk, not for the CPU
 
 
@@ -66,7 +65,7 @@ def offset_index(path: str) -> np.ndarray:
     folder, file_name = os.path.split(os.path.abspath(path))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     home = os.path.expanduser(f"~/.cache/mae_jax/tfrecord/{digest}")
-    places = [f"{place}/{file_name}.npy" for place in (f"{folder}/{INDEX_FOLDER}", home)]
+    places = [f"{place}/{file_name}.npy" for place in (f"{folder}/.mae_jax_index", home)]
     for place in places:
         try:
             cached = np.load(place, allow_pickle=False)

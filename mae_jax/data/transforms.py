@@ -43,10 +43,9 @@ def decode(
     if isinstance(image, np.ndarray):
         return _array_channels(image, channels, name)
     if channels not in (1, 3):
-        raise DecodeError(
-            f"{name}: model.channels={channels}, but picture files are read as 1 or 3 channels; "
-            "store such pictures as .npy, uint8 [H, W, C], and use data.name='folder'"
-        )
+        remedy = "store such pictures as .npy, uint8 [H, W, C], and use data.name='folder'"
+        what = f"model.channels={channels}, but picture files are read as 1 or 3 channels"
+        raise DecodeError(f"{name}: {what}; {remedy}")
     if isinstance(image, Image.Image):
         pixels = _pillow_channels(image, channels)
         return _turned(pixels, image) if upright else pixels
@@ -181,10 +180,8 @@ def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarr
     corners = (left, top, left + w, top + h)
     # Pillow holds 1 or 3 channels; others go one by one.
     planes = [image] if image.shape[2] == 3 else np.moveaxis(image, 2, 0)
-    resized = [
-        np.asarray(Image.fromarray(p).resize(size[::-1], Image.Resampling.BICUBIC, box=corners))
-        for p in planes
-    ]
+    shape, bicubic, pictures = size[::-1], Image.Resampling.BICUBIC, map(Image.fromarray, planes)
+    resized = [np.asarray(p.resize(shape, bicubic, box=corners)) for p in pictures]
     return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=2)
 
 
@@ -212,13 +209,16 @@ def resize_fast(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarra
 RESIZES = {"exact": resize_exact, "fast": resize_fast}
 
 
-def centre_box(height: int, width: int, size: tuple[int, int], crop_ratio: float) -> Box:
+def centre_box(
+    height: int, width: int, size: tuple[int, int], crop_ratio: float | None = None
+) -> Box:
     """The part of a picture that "resize the short side, then crop the centre" shows.
 
     Resizing only this part gives the same pixels up to rounding, and does not make a picture of a
     million columns on the way when one of 1 x 4000 pixels is resized. ``crop_ratio``: crop over
-    resized short side; 224 / 256 for the usual evaluation at 224.
+    resized short side; None: as the MAE evaluation, 224 / 256 up to 224 px, above that 1.
     """
+    crop_ratio = crop_ratio or (224 / 256 if max(size) <= 224 else 1.0)
     out_h, out_w = size
     full_h, full_w = int(out_h / crop_ratio), int(out_w / crop_ratio)
     # The smallest resized picture that covers full_h x full_w; whole pixels as torchvision cuts.
@@ -270,7 +270,7 @@ class TrainTransform(_Crop):
     def box(self, rng: np.random.Generator, height: int, width: int) -> Box:
         """The crop of a picture of height x width pixels; consumes ``rng`` if it is random."""
         if self.crop == "centre":
-            return centre_box(height, width, self.size, _eval_crop_ratio(self.size))
+            return centre_box(height, width, self.size)
         return RANDOM_CROPS[self.crop](rng, height, width, self.scale, self.ratio)
 
 
@@ -278,11 +278,10 @@ class TrainTransform(_Crop):
 class EvalTransform(_Crop):
     """Decode, resize the short side, crop the centre; Pillow's antialiased bicubic.
 
-    As the MAE evaluation: short side to 256 and crop 224, in proportion for smaller inputs;
-    inputs above 224 px are not cut (``crop_ratio`` 1). A rectangle is covered likewise.
+    At 224 px the short side becomes 256. A rectangle is covered likewise.
     """
 
-    crop_ratio: float | None = None  # crop over resized side; None: 224/256 up to 224 px, else 1
+    crop_ratio: float | None = None  # of `centre_box`
 
     def __post_init__(self) -> None:
         if not 0 < (self.crop_ratio or 1) <= 1:
@@ -294,9 +293,5 @@ class EvalTransform(_Crop):
     def image(self, record: Record) -> np.ndarray:
         """The picture as the model sees it, uint8 [*size, channels]."""
         image = decode(record.image, self.channels, record.name, upright=record.upright)
-        ratio = self.crop_ratio or _eval_crop_ratio(self.size)
-        return resize_exact(image, centre_box(*image.shape[:2], self.size, ratio), self.size)
-
-
-def _eval_crop_ratio(size: tuple[int, int]) -> float:
-    return 224 / 256 if max(size) <= 224 else 1.0
+        box = centre_box(*image.shape[:2], self.size, self.crop_ratio)
+        return resize_exact(image, box, self.size)
