@@ -15,9 +15,9 @@ class Classifier(nn.Module):
     """ViT encoder, pooling, linear head.
 
     Attributes:
-      encoder: without `final_norm` for `mean`, with it otherwise.
-      pool: `mean` of the patch tokens, then a layer norm of its own (`fc_norm`); `cls`: the class
-        token after the encoder's final norm; `normed_mean`: the mean of patch tokens after it.
+      pool: `mean` of the patch tokens, then a layer norm of its own (`fc_norm`) instead of the
+        encoder's; `cls`: the class token after the encoder's final norm; `normed_mean`: the mean
+        of patch tokens after it.
       head_std: of the head's initial weights.
     """
 
@@ -28,24 +28,18 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
-        """Classifies images [B, H, W, C] (float, normalised): logits [B, classes] float32.
-
-        Args:
-          path_scale: [depth, 2, B], see `vit.drop_path_scale`; None drops nothing.
-        """
+        """Logits [B, classes] float32 of images [B, H, W, C] (float, normalised)."""
         if self.encoder.final_norm == (self.pool == "mean"):
             raise ValueError(f"pool {self.pool!r} and the encoder's final norm do not go together")
         x = self.encoder(images, path_scale=path_scale)  # [B, 1 + L, D]
         x = pool_tokens(x, self.pool)  # [B, D]
         if self.pool == "mean":
             x = layer_norm(jnp.float32, "fc_norm")(x)
-        init = nn.initializers.normal(self.head_std)
-        # Float32 as it says: accelerators multiply it in fewer bits by default.
         return nn.Dense(
             self.classes,
             dtype=jnp.float32,
-            precision=jax.lax.Precision.HIGHEST,
-            kernel_init=init,
+            precision=jax.lax.Precision.HIGHEST,  # accelerators use fewer bits by default
+            kernel_init=nn.initializers.normal(self.head_std),
             name="head",
         )(x)
 
@@ -57,11 +51,9 @@ def pool_tokens(tokens: jax.Array, pool: str) -> jax.Array:
 
 
 def absorb_batch_norm(head: dict, statistics: dict) -> dict:
-    """A head that does to features what batch norm (without affine) and `head` do to them.
+    """A head (kernel [D, K], bias [K]) that does what batch norm without affine and `head` do.
 
-    Args:
-      head: kernel [D, K], bias [K].
-      statistics: running mean [D] and var [D] of the features.
+    `statistics` are the features' running mean [D] and var [D].
     """
     kernel = head["kernel"] * jax.lax.rsqrt(statistics["var"] + BATCH_NORM_EPS)[:, None]
     shift = linear_head({"kernel": kernel, "bias": 0.0}, statistics["mean"])
@@ -69,12 +61,7 @@ def absorb_batch_norm(head: dict, statistics: dict) -> dict:
 
 
 def probe_params(params: dict, statistics: dict) -> dict:
-    """A linear probe as parameters of `Classifier`, its batch norm absorbed into the head.
-
-    Args:
-      params: "encoder" and "head".
-      statistics: see `absorb_batch_norm`.
-    """
+    """A linear probe as parameters of `Classifier`, its batch norm absorbed into the head."""
     return {**params, "head": absorb_batch_norm(params["head"], statistics)}
 
 
@@ -89,12 +76,7 @@ def classification_sums(
     """Summed cross entropy, top-1 and top-5 hits and count of examples, each times its weight.
 
     Of classes that score the same the first counts as higher, as for `argmax`; where a score is
-    NaN nothing is a hit.
-
-    Args:
-      logits: [B, K] float32.
-      labels: [B] int32.
-      weight: [B], 0 for padding.
+    NaN nothing is a hit. Logits are [B, K], labels [B], weight [B] is 0 for padding.
     """
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [B]
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]

@@ -20,21 +20,20 @@ def mae_forward_macs(model: MAE, mask_ratio: float) -> int:
     encoder, decoder = model.encoder, model.decoder
     patches = encoder.grid[0] * encoder.grid[1]
     kept = num_kept(patches, mask_ratio)
-    embedding = patches * encoder.patch_size**2 * encoder.channels * encoder.width
     return (
-        embedding
-        + stack_macs(1 + kept, encoder.width, encoder.depth)
+        encoder_forward_macs(encoder, kept)
         + (1 + kept) * encoder.width * decoder.width
         + stack_macs(1 + patches, decoder.width, decoder.depth)
         + (1 + patches) * decoder.width * decoder.outputs
     )
 
 
-def encoder_forward_macs(encoder: ViT) -> int:
-    """Multiply-adds of one whole image through the encoder."""
+def encoder_forward_macs(encoder: ViT, kept: int | None = None) -> int:
+    """Multiply-adds of one image through the encoder; `kept` patches of it pass the blocks."""
     patches = encoder.grid[0] * encoder.grid[1]
     embedding = patches * encoder.patch_size**2 * encoder.channels * encoder.width
-    return embedding + stack_macs(1 + patches, encoder.width, encoder.depth)
+    tokens = 1 + (patches if kept is None else kept)
+    return embedding + stack_macs(tokens, encoder.width, encoder.depth)
 
 
 def train_flops(forward_macs: int, tuned_macs: int | None = None) -> int:

@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mae_jax import UserError
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.mae import MAE
 from mae_jax.models.masking import Masking, sample_masking
-from mae_jax.models.patches import unpatchify
+from mae_jax.models.patches import denormalize, normalize, unpatchify
 from mae_jax.models.spec import ModelSpec
 
 Params = dict[str, Any]
@@ -25,15 +24,11 @@ Features = dict[str, jax.Array]
 def classify_function(
     spec: ModelSpec, dtype: jnp.dtype = jnp.float32
 ) -> Callable[[Params, jax.Array], jax.Array]:
-    """(parameters, images [B, H, W, C] uint8) -> logits [B, K] float32.
-
-    Raises:
-      UserError: there is no head.
-    """
+    """(parameters, images [B, H, W, C] uint8) -> logits [B, K] float32."""
     model = spec.classifier(dtype=dtype)
 
     def classify(params: Params, images: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, _normalize(images, spec.mean, spec.std))
+        return model.apply({"params": params}, normalize(images, spec.mean, spec.std))
 
     return classify
 
@@ -43,18 +38,14 @@ def features_function(
 ) -> Callable[[Params, jax.Array], Features]:
     """(parameters, images [B, H, W, C] uint8) -> features, float32.
 
+    They are {"cls": [B, D], "mean": [B, D] over patches, "tokens": [B, 1 + L, D]}, and "logits"
+    [B, K] where there is a head and all blocks run. Where the head has a norm of its own
+    (`fc_norm`), "mean" has passed it.
+
     Args:
       block: the number of blocks to run, 1 to depth; 0 runs all. The final norm follows whichever
         block is the last (as timm's `forward_intermediates(norm=True)`); weights fine-tuned on the
         mean token have no final norm, so nothing follows.
-
-    Returns:
-      a function that gives {"cls": [B, D], "mean": [B, D] over patches, "tokens": [B, 1 + L, D]},
-      and "logits" [B, K] where there is a head and all blocks run. Where the head has a norm of
-      its own (`fc_norm`), "mean" has passed it.
-
-    Raises:
-      UserError: there is no such block.
     """
     if not 0 <= block <= spec.depth:
         raise UserError(f"block {block}: the encoder has blocks 1 to {spec.depth}")
@@ -63,7 +54,7 @@ def features_function(
     encoder = spec.encoder(depth=block, dtype=dtype, position_params=True)
 
     def features(params: Params, images: jax.Array) -> Features:
-        x = _normalize(images, spec.mean, spec.std)
+        x = normalize(images, spec.mean, spec.std)
         return _pooled(encoder.apply({"params": params["encoder"]}, x))
 
     return features
@@ -77,7 +68,7 @@ def _classifier_features(
     def features(params: Params, images: jax.Array) -> Features:
         logits, inside = model.apply(
             {"params": params},
-            _normalize(images, spec.mean, spec.std),
+            normalize(images, spec.mean, spec.std),
             capture_intermediates=lambda module, _: module.name in ("encoder", "fc_norm"),
             mutable=["intermediates"],
         )
@@ -102,11 +93,7 @@ def _pooled(tokens: jax.Array) -> Features:
 def reconstruct_function(
     spec: ModelSpec, mask_ratio: float, *, dtype: jnp.dtype = jnp.float32
 ) -> Callable[[Params, jax.Array, jax.Array], dict[str, jax.Array]]:
-    """(parameters, images [B, H, W, C] uint8, keys [B]) -> see `reconstruct`; random masks.
-
-    Raises:
-      UserError: there is no decoder, or something of it is not known.
-    """
+    """(parameters, images [B, H, W, C] uint8, keys [B]) -> see `reconstruct`; random masks."""
     model = spec.mae(dtype=dtype, position_params=True)
 
     def function(params: Params, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
@@ -128,28 +115,18 @@ def reconstruct(
 
     Visible patches are those of the image: the loss never asks for a prediction there.
 
-    Args:
-      mean, std: channel statistics the model's input is normalised with, of pixels in [0, 1].
-
     Returns:
       "pixels" [B, H, W, C] uint8, "mask" [B, L] (1 = removed), "loss" [B] over the removed patches;
       no "pixels" where the target has no way back to them.
     """
-    x = _normalize(images, mean, std)
+    x = normalize(images, mean, std)
     output = model.apply({"params": params}, x, masking)
     result = {"mask": masking.mask, "loss": output.loss}
-    # [B, L, p*p*C]
-    predicted = model.target.to_pixels(output.predictions, x, params.get("target_state"))
-    if predicted is None:
+    patches = model.target.to_pixels(output.predictions, x, params.get("target_state"))
+    if patches is None:
         return result
     p, size = model.encoder.patch_size, images.shape[1:3]
-    predicted = unpatchify(predicted, p, size) * np.float32(std) + np.float32(mean)  # [B, H, W, C]
-    removed = jnp.repeat(masking.mask[:, :, None], p * p * images.shape[3], axis=2)
-    predicted = (255 * predicted).round().clip(0, 255).astype(jnp.uint8)
+    predicted = denormalize(unpatchify(patches, p, size), mean, std)  # [B, H, W, C]
+    removed = jnp.broadcast_to(masking.mask[:, :, None], patches.shape)  # [B, L, p*p*C]
     pixels = jnp.where(unpatchify(removed, p, size) > 0, predicted, images)
     return {"pixels": pixels, **result}
-
-
-def _normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 [B, H, W, C] as float32 with the model's input statistics taken out."""
-    return (images.astype(jnp.float32) / 255.0 - np.float32(mean)) / np.float32(std)

@@ -6,15 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.masking import Masking
+from mae_jax.models.masking import Masking, take_tokens
 from mae_jax.models.targets.base import Target
-from mae_jax.models.vit import (
-    Blocks,
-    ViT,
-    dense,
-    layer_norm,
-    sincos_position_table,
-)
+from mae_jax.models.vit import Blocks, ViT, dense, layer_norm, sincos_position_table
 
 
 class Decoder(nn.Module):
@@ -41,7 +35,7 @@ class Decoder(nn.Module):
         mask_token = jnp.broadcast_to(mask_token.astype(residual), (x.shape[0], 1, self.width))
         # Row K of `visible` is the mask token: every removed patch reads it.
         visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
-        patches = restore_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
+        patches = take_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
         x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1 + L, Dd]
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, Dd]
         if self.position_params:
@@ -52,16 +46,11 @@ class Decoder(nn.Module):
         return dense(x, self.outputs, self.dtype, "pred", residual)[:, 1:]
 
 
-def restore_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
-    """Spreads tokens [B, K + 1, D] over the L positions of `ids` [B, L]: [B, L, D]."""
-    return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
-
-
 class MAEOutput(NamedTuple):
-    """Attributes: loss [B] float32 per image; predictions [B, L, outputs] float32."""
+    """What the model gives, in float32."""
 
-    loss: jax.Array
-    predictions: jax.Array
+    loss: jax.Array  # [B]
+    predictions: jax.Array  # [B, L, outputs]
 
 
 class MAE(nn.Module):
@@ -89,11 +78,8 @@ class MAE(nn.Module):
 
 
 def masked_mean(error: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of the patches' errors over the removed patches of each image: [B].
+    """Mean of `error` [B, L] over the removed patches of each image (`mask` [B, L] is 1): [B].
 
-    Args:
-      error: [B, L] float32.
-      mask: [B, L], 1 = removed. Every image has the same number of removed patches, so the mean
-        of the result over images is the mean over all removed patches.
+    All images have equally many, so the mean over images is that over all removed patches.
     """
     return (error * mask).sum(axis=-1) / mask.sum(axis=-1)

@@ -13,18 +13,11 @@ import jax.numpy as jnp
 
 
 class Masking(NamedTuple):
-    """One independent mask per image.
+    """One independent mask per image."""
 
-    Attributes:
-      ids_keep: [B, K] int32, positions of the visible patches, in the order the encoder sees them.
-      ids_restore: [B, L] int32, the rank of each patch: below K it is visible and `ids_restore`
-        is its row among the visible ones.
-      mask: [B, L] float32, 0 = visible, 1 = removed.
-    """
-
-    ids_keep: jax.Array
-    ids_restore: jax.Array
-    mask: jax.Array
+    ids_keep: jax.Array  # [B, K] int32, visible patches in the order the encoder sees them
+    ids_restore: jax.Array  # [B, L] int32, rank of each patch: below K its row in `ids_keep`
+    mask: jax.Array  # [B, L] float32, 0 = visible, 1 = removed
 
 
 def random_scores(key: jax.Array, grid: tuple[int, int], ratio: float) -> jax.Array:
@@ -32,9 +25,8 @@ def random_scores(key: jax.Array, grid: tuple[int, int], ratio: float) -> jax.Ar
     return jax.random.uniform(key, (grid[0] * grid[1],))
 
 
-SAMPLERS: dict[str, Callable[[jax.Array, tuple[int, int], float], jax.Array]] = {
-    "random": random_scores,
-}
+Sampler = Callable[[jax.Array, tuple[int, int], float], jax.Array]
+SAMPLERS: dict[str, Sampler] = {"random": random_scores}
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
@@ -54,18 +46,11 @@ def masking_from_scores(scores: jax.Array, kept: int) -> Masking:
 
 
 def sample_masking(kind: str, keys: jax.Array, grid: tuple[int, int], ratio: float) -> Masking:
-    """Draws one mask per image.
-
-    Args:
-      kind: a name in `SAMPLERS`.
-      keys: [B] one random key per image, so that the masks do not depend on the device count.
-      grid: patches down and across.
-      ratio: share of patches removed, 0 <= ratio < 1.
-    """
+    """One mask for each of `keys` [B] by the sampler `kind`, removing the share `ratio`."""
     scores = jax.vmap(lambda key: SAMPLERS[kind](key, grid, ratio))(keys)  # [B, L]
     return masking_from_scores(scores, num_kept(grid[0] * grid[1], ratio))
 
 
 def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
-    """Picks rows of `tokens` [B, N, D] by `ids` [B, K]: [B, K, D]."""
+    """Rows `ids` [B, K] of `tokens` [B, N, D]: [B, K, D]."""
     return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)

@@ -1,6 +1,21 @@
-"""Images as patches, and back (paper section 3)."""
+"""Pixels as what models compute on, normalised and in patches (paper section 3), and back."""
+
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Images [B, H, W, C] uint8 -> float32, with C statistics of pixels in [0, 1] taken out."""
+    return (images.astype(jnp.float32) / 255.0 - np.float32(mean)) / np.float32(std)
+
+
+def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """The inverse of `normalize`: [B, H, W, C] float -> uint8, rounded and clipped."""
+    pixels = (images.astype(jnp.float32) * np.float32(std) + np.float32(mean)) * 255.0
+    return pixels.round().clip(0, 255).astype(jnp.uint8)
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:

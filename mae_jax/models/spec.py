@@ -57,26 +57,20 @@ class ModelSpec:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(side % self.patch_size for side in self.image_size):
-            raise UserError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
-            )
+        p, width, heads = self.patch_size, self.decoder_width, self.decoder_heads
+        if any(side % p for side in self.image_size):
+            raise UserError(f"image_size {self.image_size} is not divisible by patch_size {p}")
         if self.heads < 1 or self.width % self.heads:
             raise UserError(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.decoder_heads and self.decoder_width % self.decoder_heads:
-            raise UserError(
-                f"decoder_width {self.decoder_width} is not divisible by decoder_heads "
-                f"{self.decoder_heads}"
-            )
+        if heads and width % heads:
+            raise UserError(f"decoder_width {width} is not divisible by decoder_heads {heads}")
         if self.target not in ("", *TARGETS):
             raise UserError(f"target {self.target!r}: choose one of {', '.join(TARGETS)}")
         if self.pool not in POOLS:
             raise UserError(f"pool {self.pool!r}: choose one of {', '.join(POOLS[1:])}")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise UserError(
-                f"mean {self.mean} and std {self.std} need one value for each of "
-                f"{self.channels} channel(s)"
-            )
+            needed = f"one value for each of {self.channels} channel(s)"
+            raise UserError(f"mean {self.mean} and std {self.std} need {needed}")
         if self.class_names and len(self.class_names) != self.classes:
             raise UserError(f"{len(self.class_names)} class names for {self.classes} classes")
 
@@ -84,27 +78,22 @@ class ModelSpec:
     def from_config(
         cls, config: Mapping[str, Any], classes: int = 0, class_names: Sequence[str] = ()
     ) -> "ModelSpec":
-        """The model of a run's config, live or read back from JSON.
-
-        Args:
-          classes: of a classifier's data; 0 describes the encoder alone.
-        """
+        """The model of a run's config, live or from JSON; without `classes` the encoder alone."""
         model, data = config["model"], config["data"]
         shape = VARIANTS[model["variant"]]
         size = model["image_size"]
         size = (size,) if isinstance(size, int) else tuple(size)
         task = config.get("task", "pretrain")
+        own: dict[str, Any] = {}
         if task == "pretrain":
             decoder = config["decoder"]
             own = {f"decoder_{name}": decoder[name] for name in ("width", "depth", "heads")}
             own |= {"target": config["target"], "mask_ratio": config["mask"]["ratio"]}
         elif classes:
-            own = {"pool": config["head"]["pool"], "classes": classes}
-            own["class_names"] = tuple(class_names)
-            if task == "linear_probe" and own["pool"] == "mean":
-                own["pool"] = "normed_mean"  # a probe reads pretrained features as they are
-        else:
-            own = {}
+            pool = config["head"]["pool"]
+            if task == "linear_probe" and pool == "mean":
+                pool = "normed_mean"  # a probe reads pretrained features as they are
+            own = {"pool": pool, "classes": classes, "class_names": tuple(class_names)}
         return cls(
             image_size=(size[0], size[-1]),
             patch_size=model["patch_size"],
@@ -135,57 +124,30 @@ class ModelSpec:
     # and, where it shares them, `Decoder`.
 
     def encoder(self, *, depth: int = 0, **how: Any) -> ViT:
-        """The encoder, or its first `depth` blocks.
-
-        The final norm follows the last of them, except where a head reads the mean token through
-        a norm of its own: such models have none.
-        """
-        return ViT(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            channels=self.channels,
-            width=self.width,
-            depth=depth or self.depth,
-            heads=self.heads,
-            final_norm=self.pool != "mean",
-            **how,
-        )
+        """The encoder, or its first `depth` blocks, and the final norm if the model has one."""
+        # A head that reads the mean token has a norm of its own instead of the encoder's.
+        norm = self.pool != "mean"
+        size = (self.image_size, self.patch_size, self.channels)
+        return ViT(*size, self.width, depth or self.depth, self.heads, final_norm=norm, **how)
 
     def mae(self, **how: Any) -> MAE:
-        """The encoder and decoder.
-
-        Raises:
-          UserError: there is no decoder, or something of it is not known.
-        """
+        """The encoder and decoder; UserError if there is none or something is not known of it."""
         if not self.decoder_depth:
             raise UserError("these weights have no decoder: take a full checkpoint")
         if not self.decoder_heads:
-            raise UserError(
-                "the number of the decoder's attention heads cannot be read off tensors of width "
-                f"{self.decoder_width}; give decoder_heads"
-            )
+            raise UserError("tensors do not tell their decoder's heads; give decoder_heads")
         if not self.target:
             raise UserError(
-                "the file does not say what its decoder predicts: give target=norm_pixel (official "
-                "*_full.pth) or target=pixel (official mae_visualize_*.pth)"
+                "not known what the decoder predicts: give target=norm_pixel (official *_full.pth) "
+                "or target=pixel (official mae_visualize_*.pth)"
             )
         target = TARGETS[self.target](self.patch_size, self.channels)
-        decoder = Decoder(
-            grid=self.grid,
-            outputs=target.outputs,
-            width=self.decoder_width,
-            depth=self.decoder_depth,
-            heads=self.decoder_heads,
-            **how,
-        )
+        shape = (self.decoder_width, self.decoder_depth, self.decoder_heads)
+        decoder = Decoder(self.grid, target.outputs, *shape, **how)
         return MAE(self.encoder(**how), decoder, target)
 
     def classifier(self, *, head_std: float = 2e-5, **how: Any) -> Classifier:
-        """The encoder with its head; the position table is a parameter.
-
-        Raises:
-          UserError: there is no head.
-        """
+        """The encoder with its head; position tables are parameters. UserError without a head."""
         if not self.classes:
             raise UserError(
                 "these weights have no head: they tell no classes. Take those of a fine-tuned "
@@ -223,17 +185,12 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
-        """The inverse of `to_json`.
-
-        Raises:
-          UserError: it was written by another version, or damaged.
-        """
+        """The inverse of `to_json`."""
         try:
-            fields = json.loads(text)
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            return cls(**fields)
+            items = json.loads(text).items()
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in items})
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(
-                f"the description of the model cannot be read ({error}); it is damaged, or of a "
-                "newer version of mae_jax: update"
+                f"the model's description cannot be read ({error}); it is damaged, or of a newer "
+                "version of mae_jax: update"
             ) from error

@@ -48,21 +48,15 @@ def sincos_position_table(width: int, grid: tuple[int, int]) -> np.ndarray:
     if width % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}")
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    column_angles = columns.reshape(-1, 1) * frequencies  # [L, D/4]
-    row_angles = rows.reshape(-1, 1) * frequencies  # [L, D/4]
-    table = np.concatenate(
-        [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)],
-        axis=1,
-    )
+    rows, columns = (x.reshape(-1, 1) * frequencies for x in np.indices(grid))  # [L, D/4] each
+    table = np.hstack([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)])
     return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
 
 
 def product(x: jax.Array, kernel: jax.Array, dimensions: tuple, dtype: jnp.dtype) -> jax.Array:
     """`lax.dot_general` with a result in `dtype`: in float32 the sums of a bfloat16 product.
 
-    Backwards the cotangent is rounded to the type of x first, so that all products have bfloat16
-    factors.
+    The cotangent is rounded to the type of x, so that backwards too all factors are bfloat16.
     """
     dot = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
     forward = functools.partial(dot, preferred_element_type=dtype)
@@ -153,12 +147,10 @@ class Mlp(nn.Module):
 
 
 def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
-    """What stochastic depth multiplies the residual branches of a stack with.
+    """What stochastic depth multiplies the residual branches with, for examples of `keys` [B].
 
-    Args:
-      keys: [B], one random key per example.
-      rate: probability of dropping a branch of the last block; the first block's is 0 and those
-        between rise evenly.
+    The probability of dropping a branch rises evenly from 0 in the first block to `rate` in the
+    last.
 
     Returns:
       [depth, 2, B] float32: 0 for a dropped branch (attention, MLP), else 1 / (1 - its rate).
@@ -196,10 +188,9 @@ class Blocks(nn.Module):
     Attributes:
       stacking: `unrolled` compiles every block by itself (fastest); `scan` compiles one block and
         loops (compiles about three times faster). Same parameters, same numbers.
-      remat: what the backward pass recomputes. `none` nothing, `dots` all but the results of
-        matrix products with weights, `full` everything inside a block.
-      frozen: so many blocks at the start are run without gradients and without dropping paths;
-        they keep nothing for the backward pass.
+      remat: what the backward pass recomputes: nothing, `dots` all but the results of matrix
+        products with weights, `full` everything inside a block.
+      frozen: so many blocks at the start get no gradients and drop no paths.
     """
 
     depth: int
@@ -248,28 +239,16 @@ class Blocks(nn.Module):
         return x
 
 
-def _patch_bias_init(fan_in: int) -> nn.initializers.Initializer:
-    # The reference leaves its patch convolution's bias at the default of torch.
-    bound = fan_in**-0.5
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
 class ViT(nn.Module):
     """The encoder: images in, tokens out.
 
     Attributes:
       image_size: height and width in pixels, each divisible by `patch_size`.
-      channels: of the input images.
       dtype: of matrix products; parameters, softmax and norms are float32.
       residual_dtype: of the tokens between blocks and of what is returned.
       position_params: the position table is a parameter that starts as the sine-cosine table, for
         models that train it or take another's, instead of a constant.
       final_norm: False leaves the last layer norm to whoever pools the tokens.
-      frozen_blocks: blocks at the start that get no gradients.
     """
 
     image_size: tuple[int, int]
@@ -317,7 +296,11 @@ class ViT(nn.Module):
         positions = positions.astype(self.residual_dtype)
 
         x = patchify(images, self.patch_size)  # [B, L, p*p*C]
-        bias_init = _patch_bias_init(x.shape[-1])
+        # The reference leaves its patch convolution's bias at the default of torch.
+        bound = x.shape[-1] ** -0.5
+        bias_init = functools.partial(
+            jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound
+        )
         x = dense(x, self.width, self.dtype, "patch_embed", self.residual_dtype, bias_init)
         x = x + positions[1:]  # [B, L, D]
         if ids_keep is not None:
@@ -326,13 +309,6 @@ class ViT(nn.Module):
         cls = cls.astype(self.residual_dtype) + positions[0]
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + K, D]
-        x = Blocks(
-            depth=self.depth,
-            heads=self.heads,
-            dtype=self.dtype,
-            stacking=self.stacking,
-            remat=self.remat,
-            frozen=self.frozen_blocks,
-            name="blocks",
-        )(x, path_scale)
+        how = (self.dtype, self.stacking, self.remat, self.frozen_blocks)
+        x = Blocks(self.depth, self.heads, *how, name="blocks")(x, path_scale)
         return layer_norm(self.residual_dtype, "norm")(x) if self.final_norm else x

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mae_jax.augment.pixels import denormalize
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import global_batch, local_positions, replicate, replicated
+from mae_jax.models.patches import denormalize
 from mae_jax.pictures.grids import image_grid, prediction_grid, reconstruction_grid
 from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState

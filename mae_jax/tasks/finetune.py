@@ -17,13 +17,14 @@ from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
 from mae_jax.augment.mixing import mix, random_erasing, soft_targets
-from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.augment.pixels import example_keys, random_flip
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.distributed.sharding import gather_params
 from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.classifier import classification_sums
+from mae_jax.models.patches import normalize
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import drop_path_scale
 from mae_jax.pictures.in_training import draw_augmentations, draw_predictions

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
-from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.augment.pixels import example_keys, random_flip
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params
@@ -30,6 +30,7 @@ from mae_jax.models.classifier import (
     pool_tokens,
     probe_params,
 )
+from mae_jax.models.patches import normalize
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks.base import INIT, TRAIN, BaseTask, how_computed
 from mae_jax.train.loop import Action

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.augment.pixels import example_keys, normalize, random_flip
+from mae_jax.augment.pixels import example_keys, random_flip
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import place
@@ -20,6 +20,7 @@ from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import Masking, sample_masking
+from mae_jax.models.patches import normalize
 from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
 from mae_jax.tasks.base import EVAL, INIT, TRAIN, BaseTask, how_computed

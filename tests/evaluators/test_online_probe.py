@@ -12,7 +12,6 @@ import optax
 import pytest
 
 from mae_jax import UserError
-from mae_jax.augment.pixels import normalize
 from mae_jax.config import default_config
 from mae_jax.data.record import DecodeError, Record
 from mae_jax.data.splits import Splits
@@ -23,6 +22,7 @@ from mae_jax.evaluators import online_probe as probe_module
 from mae_jax.evaluators.online_probe import Probe
 from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
+from mae_jax.models.patches import normalize
 from mae_jax.models.vit import ViT
 from mae_jax.tasks.pretrain import probe_options
 from mae_jax.train.metrics import MetricsWriter, read_metrics

@@ -14,7 +14,6 @@ from PIL import Image
 from small_models import SMALL, classifier_params
 
 from mae_jax import UserError, export, features
-from mae_jax.augment.pixels import normalize
 from mae_jax.config import default_config, validate
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.interop.checkpoint import open_checkpoint
@@ -23,6 +22,7 @@ from mae_jax.interop.load import load_into
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import to_official
 from mae_jax.models.inference import classify_function, features_function
+from mae_jax.models.patches import normalize
 from mae_jax.models.vit import sincos_position_table
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.tasks.finetune import Finetune

@@ -3,7 +3,4 @@
 from mae_jax.models.targets.base import Target
 from mae_jax.models.targets.pixels import NormPixel, Pixel
 
-TARGETS: dict[str, type[Target]] = {
-    "pixel": Pixel,
-    "norm_pixel": NormPixel,
-}
+TARGETS: dict[str, type[Target]] = {"pixel": Pixel, "norm_pixel": NormPixel}
