@@ -122,7 +122,6 @@ def test_encode_returns_every_token_in_order(small):
 
 
 def test_training_work_is_three_forward_passes_of_two_flops_a_multiply_add():
-    # Section 4.1 of the framework digest: 58.7, 124.5 and 291.4 GFLOP an image.
     for variant, patch_size, gflop in (("b", 16, 58.7), ("l", 16, 124.5), ("h", 14, 291.4)):
         macs = flops.mae_forward_macs(create(variant, patch_size), 0.75)
         assert round(flops.train_flops(macs) / 1e9, 1) == gflop

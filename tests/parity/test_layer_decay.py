@@ -70,7 +70,7 @@ def test_scale_and_decay_of_every_parameter_are_timms(name, depth, layer_decay):
 
 
 def test_timm_counts_the_norm_before_a_class_token_head_to_the_last_block():
-    # The reference, and so we, count it to the head (mae.md 2.3); the mean-pooled models that are
+    # The reference, and so we, count it to the head; the mean-pooled models that are
     # fine-tuned do not have it.
     model = narrow("vit_base_patch16_224", "token")
     theirs, ours = timm_settings(model, 0.65), our_settings(model, 12, 0.65)
