@@ -16,6 +16,7 @@ from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import state_sharding
 from mae_jax.evaluators.over_split import OverSplit, Parts, Results
 from mae_jax.storage.checkpoints import fingerprint
+from mae_jax.train.task import Probing
 
 
 class CachedFeatures:
@@ -25,13 +26,11 @@ class CachedFeatures:
     depend on; anything else is computed anew.
 
     Args:
-      task: gives `mesh`, `encoder`, `mean`, `std`, `pool`, `batch_size`, `eval_batch_size` and
-        `features(frozen, images [B, H, W, C] uint8) -> [B, D]`.
       frozen: the encoder's parameters on the mesh.
       directory: receives a folder of parts for each split.
     """
 
-    def __init__(self, task: Any, data: Splits, frozen: Any, directory: pathlib.Path):
+    def __init__(self, task: Probing, data: Splits, frozen: Any, directory: pathlib.Path):
         self.train, self.eval, self.classes = data.train, data.eval, data.classes
         self._seed, self._batch_size = data.seed, task.batch_size
 

@@ -19,6 +19,7 @@ from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import TrainState
+from mae_jax.train.task import Pretraining
 
 # Decoded pictures that take no more than this in a process are kept between probes (5,000 of
 # 224 px take 0.75 GB); more are decoded again each time.
@@ -35,8 +36,6 @@ class Probe:
     ``probe/classes``. Accuracies are fractions. Every process must call it.
 
     Args:
-      task: gives `mesh`, `image_shape`, `eval_batch_size`, `init() -> TrainState` and
-        `encode(params, images [B, H, W, C] uint8) -> [B, 1 + L, D]`.
       data: of the run; its seed chooses the examples, which are cropped and loaded as its
         evaluation split is.
       name, dir, train_split, eval_split: the labelled data, as given to `open_source`.
@@ -50,7 +49,7 @@ class Probe:
 
     def __init__(
         self,
-        task: Any,
+        task: Pretraining,
         data: Splits,
         writer: MetricsWriter,
         *,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from mae_jax.models.patches import denormalize
 from mae_jax.pictures.grids import image_grid, prediction_grid, reconstruction_grid
 from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState
+from mae_jax.train.task import Pretraining, Tuning
 
 
 class Drawing:
@@ -39,7 +39,7 @@ class Drawing:
             write_png(self._directory / f"step_{step:08d}.png", picture)
 
 
-def draw_reconstructions(task: Any, data: Splits, count: int, directory: Path) -> Drawing:
+def draw_reconstructions(task: Pretraining, data: Splits, count: int, directory: Path) -> Drawing:
     """What the autoencoder of `Pretrain` makes of `count` images of the evaluation split."""
     images, _, names = data.examples(data.eval, count)
 
@@ -50,7 +50,7 @@ def draw_reconstructions(task: Any, data: Splits, count: int, directory: Path) -
     return Drawing(task.reconstruct, images, draw, directory, task.mesh)
 
 
-def draw_predictions(task: Any, data: Splits, count: int, directory: Path) -> Drawing:
+def draw_predictions(task: Tuning, data: Splits, count: int, directory: Path) -> Drawing:
     """What the classifier of `Finetune` takes `count` images of the evaluation split for."""
     images, labels, names = data.examples(data.eval, count)
     told = {"names": names, "class_names": data.train.class_names}
@@ -61,7 +61,7 @@ def draw_predictions(task: Any, data: Splits, count: int, directory: Path) -> Dr
     return Drawing(task.probabilities, images, draw, directory, task.mesh)
 
 
-def draw_augmentations(task: Any, data: Splits, path: Path, count: int = 32) -> None:
+def draw_augmentations(task: Tuning, data: Splits, path: Path, count: int = 32) -> None:
     """Training images as `Finetune`'s model sees them: cropped, augmented, erased, mixed.
 
     They are spread over the batch of step 0, so of many mix groups.

@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mae_jax.data.record import ArraySpec
+from mae_jax.models.mae import MAE
+from mae_jax.models.vit import ViT
 from mae_jax.train.loop import Action
 from mae_jax.train.state import Metrics, TrainState
 
@@ -49,3 +51,40 @@ class Task(Protocol):
 
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
         """Writes the trained model of a host-side `state` for others to load."""
+
+
+class Pretraining(Task, Protocol):
+    """What the online probe and pictures of reconstructions ask beside."""
+
+    model: MAE
+
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
+        """Tokens [B, 1 + L, D] of whole images [B, H, W, C] uint8."""
+
+    def reconstruct(self, state: TrainState, images: jax.Array) -> dict[str, jax.Array]:
+        """Images [B, H, W, C] uint8 with removed patches as predicted."""
+
+
+class Tuning(Task, Protocol):
+    """What pictures of predictions and of augmented images ask beside."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def augmented(self, batch: dict, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the model is trained on: images [B, H, W, C] float32, normalised; targets; keys."""
+
+    def probabilities(self, state: TrainState, images: jax.Array) -> jax.Array:
+        """Softmax over classes [B, classes] of images [B, H, W, C] uint8."""
+
+
+class Probing(Task, Protocol):
+    """What the cache of features asks beside."""
+
+    encoder: ViT
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str
+
+    def features(self, frozen: Any, images: jax.Array) -> jax.Array:
+        """What the head sees of images [B, H, W, C] uint8: [B, D] float32."""
