@@ -43,7 +43,7 @@ class Model:
         checkpoint = open_checkpoint(path, **overrides)
         self.spec, self.source = checkpoint.spec, checkpoint.source
         self.notes = checkpoint.notes
-        self._params = checkpoint.params()
+        self._params = jax.device_put(checkpoint.params())
         self._transform = EvalTransform(size=self.spec.image_size, channels=self.spec.channels)
 
     def __repr__(self) -> str:
@@ -63,8 +63,7 @@ class Model:
         """Features of whole pictures, float32, as `mae-jax features` writes them.
 
         Returns:
-          "cls" [B, D], "mean" [B, D] over patches, "tokens" [B, 1 + L, D]; "logits" [B, K] of a
-          classifier.
+          "cls" [B, D], "mean" [B, D] over patches, "tokens" [B, 1 + L, D].
         """
         return self._run(self._features, self.pixels(images))
 
@@ -127,7 +126,13 @@ class Model:
 
     @functools.cached_property
     def _features(self) -> Callable:
-        return jax.jit(features_function(self.spec))
+        features = features_function(self.spec)
+
+        def encode(*args: jax.Array) -> dict[str, jax.Array]:
+            values = features(*args)
+            return {name: values[name] for name in ("cls", "mean", "tokens")}
+
+        return jax.jit(encode)
 
     @functools.cached_property
     def _classify(self) -> Callable:

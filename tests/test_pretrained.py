@@ -139,6 +139,7 @@ def test_classify_gives_the_probabilities_that_evaluate_scores(classifier, pictu
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     assert scores["loss"] == pytest.approx(-np.log(own).mean(), rel=1e-4)
     head = random_params(CLASSIFIER)["head"]
+    assert model.encode(files).keys() == {"cls", "mean", "tokens"}
     logits = model.encode(files)["mean"] @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1)[:, None], probabilities, 1e-4)
 

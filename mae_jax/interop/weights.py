@@ -1,6 +1,5 @@
 """Our parameter tree as flat tensors in official (timm) names and layouts, and back."""
 
-import re
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ def to_official(
     for table, token in (("pos_embed", "cls_token"), ("decoder_pos_embed", "mask_token")):
         if token in tensors and table not in tensors:
             tensors[table] = sincos_position_table(tensors[token].shape[-1], spec.grid)[None]
-    return {name: tensors[name] for name in sorted(tensors, key=_file_order)}
+    return tensors
 
 
 def official_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -73,11 +72,3 @@ def from_official(tensors: Tensors) -> Params:
             x = x.T
         flat[path] = np.ascontiguousarray(x)
     return unflatten_dict(flat, sep="/")
-
-
-def _file_order(name: str) -> tuple:
-    """Encoder before decoder before head, blocks by number."""
-    part = 1 if is_decoder(name) else 2 if name.startswith(("fc_norm", "head")) else 0
-    block = re.search(r"blocks\.(\d+)\.", name)
-    place = 1 if block else 0 if "embed" in name or "token" in name else 2
-    return part, place, int(block.group(1)) if block else 0, name
