@@ -44,7 +44,7 @@ def imported_rooms(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("room", sorted(ALLOWED))
 def test_imports_of_a_room_point_one_way(room):
-    for path in sorted((PACKAGE / room).glob("*.py")):
+    for path in sorted((PACKAGE / room).rglob("*.py")):
         if path.name == "plan.py" and room == "distributed":
             continue  # the old spelling of a command
         stray = imported_rooms(path) - ALLOWED[room] - {room}
