@@ -16,8 +16,7 @@ from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import state_sharding
 from mae_jax.evaluators.over_split import OverSplit, Parts, Results
 from mae_jax.storage.checkpoints import fingerprint
-
-ARRAYS = ("feature", "label", "weight")  # [N, D], [N], [N]; weight 0: not decodable
+from mae_jax.train.task import Probing
 
 
 class CachedFeatures:
@@ -27,13 +26,11 @@ class CachedFeatures:
     depend on; anything else is computed anew.
 
     Args:
-      task: gives `mesh`, `encoder`, `mean`, `std`, `pool`, `batch_size`, `eval_batch_size` and
-        `features(frozen, images [B, H, W, C] uint8) -> [B, D]`.
       frozen: the encoder's parameters on the mesh.
       directory: receives a folder of parts for each split.
     """
 
-    def __init__(self, task: Any, data: Splits, frozen: Any, directory: pathlib.Path):
+    def __init__(self, task: Probing, data: Splits, frozen: Any, directory: pathlib.Path):
         self.train, self.eval, self.classes = data.train, data.eval, data.classes
         self._seed, self._batch_size = data.seed, task.batch_size
 
@@ -41,9 +38,8 @@ class CachedFeatures:
             rest = {name: batch[name] for name in ("label", "weight")}
             return {"feature": task.features(frozen, batch["image"]), **rest}
 
-        run = OverSplit(
-            features, task.mesh, task.eval_batch_size, state_sharding(frozen, task.mesh)
-        )
+        shardings = state_sharding(frozen, task.mesh)
+        run = OverSplit(features, task.mesh, task.eval_batch_size, shardings)
         key = {
             "weights": _digest(np.asarray(jax.device_get(fingerprint(frozen))).tobytes()),
             "model": repr(task.encoder),  # with the types it computes in
@@ -53,21 +49,14 @@ class CachedFeatures:
         }
 
         def load(name: str, source: Source) -> Results:
+            """feature [N, D], label [N] and weight [N], 0: not decodable."""
             records = [source.name, source.split, _digest(source.identity().encode())]
-            numbers = np.arange(len(source))
-            parts = Parts(directory / name, {**key, "records": records}, numbers)
-            parts.compute(
-                run,
-                frozen,
-                source,
-                data.eval_transform,
-                label=f"features of {source.name} {source.split}",
-                **data.loading,
-            )
-            return {name: parts.array(name) for name in ARRAYS}
+            parts = Parts(directory / name, {**key, "records": records}, np.arange(len(source)))
+            label = f"features of {source.name} {source.split}"
+            parts.compute(run, frozen, source, data.eval_transform, label=label, **data.loading)
+            return {name: parts.array(name) for name in ("feature", "label", "weight")}
 
-        self._train_arrays = load("train", data.train)
-        self._eval_arrays = load("eval", data.eval)
+        self._train_arrays, self._eval_arrays = load("train", data.train), load("eval", data.eval)
 
     def train_batches(self, positions: np.ndarray, start_step: int, end_step: int) -> "_Rows":
         """As `Splits.train_batches`, of "feature" [b, D] and "label" [b]."""

@@ -4,37 +4,27 @@ import itertools
 from typing import Any
 
 from absl import logging
-from jax.sharding import Mesh
 
 from mae_jax.evaluators.over_split import OverSplit, means
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import TrainState
+from mae_jax.train.task import Task
 
 
 class Evaluation:
     """Mean metrics over the evaluation split, every example once.
 
     Args:
-      task: gives `eval_step` and `eval_batch_size`.
       inputs: gives `eval` and `eval_batches`, as `Splits`.
       shardings: of the state.
       max_batches: 0 for all.
     """
 
     def __init__(
-        self,
-        task: Any,
-        inputs: Any,
-        mesh: Mesh,
-        writer: MetricsWriter,
-        shardings: Any,
-        *,
-        max_batches: int,
+        self, task: Task, inputs: Any, writer: MetricsWriter, shardings: Any, max_batches: int
     ):
-        self._inputs = inputs
-        self._writer = writer
-        self._run = OverSplit(task.eval_step, mesh, task.eval_batch_size, shardings)
-        self._max_batches = max_batches or None
+        self._inputs, self._writer, self._max_batches = inputs, writer, max_batches or None
+        self._run = OverSplit(task.eval_step, task.mesh, task.eval_batch_size, shardings)
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Evaluates `state` and writes `eval/...` metrics of `step`."""

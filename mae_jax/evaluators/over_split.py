@@ -24,7 +24,6 @@ from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positio
 from mae_jax.storage.files import complete_or_absent
 from mae_jax.storage.processes import in_every_process
 
-Batch = Mapping[str, np.ndarray]
 Results = dict[str, np.ndarray]
 
 BATCHES_PER_PART = 16
@@ -38,8 +37,8 @@ class OverSplit:
     late: while one is computed, the next is decoded (by the threads behind `batches`) and sent.
 
     Args:
-      function: takes params, a dict of arrays [batch_size, ...] and an int32; gives a dict of
-        arrays. Padding is in the batch with "weight" 0.
+      function: of params, a dict of arrays [batch_size, ...], padded by rows of "weight" 0, and
+        an int32; gives a dict of arrays.
       batch_size: of all devices; rounded up to a multiple of their number.
       shardings: of params; None: a copy on every device.
 
@@ -48,11 +47,7 @@ class OverSplit:
     """
 
     def __init__(
-        self,
-        function: Callable[[Any, dict, jax.Array], dict[str, jax.Array]],
-        mesh: Mesh,
-        batch_size: int,
-        shardings: Any = None,
+        self, function: Callable[..., dict], mesh: Mesh, batch_size: int, shardings: Any = None
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: needs at least 1")
@@ -66,7 +61,7 @@ class OverSplit:
         )
 
     def __call__(
-        self, params: Any, batches: Iterable[Batch], *, examples: int, label: str
+        self, params: Any, batches: Iterable[Results], *, examples: int, label: str
     ) -> Iterator[Results]:
         """What the function gives for every batch, in order.
 
@@ -74,24 +69,20 @@ class OverSplit:
           batches: this process's rows (`positions`) of every batch.
           examples: in all of them, for the progress that is shown as `label`.
         """
-        batches = iter(batches)
         running, problem = None, None
         with _progress(examples, label) as progress:
-            for number in itertools.count():
-                started = None
-                try:
-                    batch = next(batches, None)
-                except UserError as error:  # a record; what was computed before it counts
-                    batch, problem = None, error
-                if batch is not None:
+            try:
+                for number, batch in enumerate(batches):
                     batch = global_batch(dict(batch), self.positions, self.batch_size, self.mesh)
-                    started = self._function(params, batch, np.int32(number))
-                if running is not None:
-                    yield jax.device_get(running)
-                    progress.update(min(self.batch_size, examples - progress.n))
-                if started is None:
-                    break
-                running = started
+                    before, running = running, self._function(params, batch, np.int32(number))
+                    if before is not None:
+                        yield jax.device_get(before)
+                        progress.update(self.batch_size)
+            except UserError as error:  # of a record; what was computed before it counts
+                problem = error
+            if running is not None:
+                yield jax.device_get(running)
+                progress.update(min(self.batch_size, examples - progress.n))
         if problem is not None:
             raise problem
 
@@ -129,8 +120,7 @@ def rows(results: Iterable[Results]) -> Results:
 class Parts:
     """Rows of a split in files, one for a few batches, so that a stopped run goes on.
 
-    A part knows by name what its rows are of: records may come and go between two runs, and the
-    rows of all others are used again.
+    Records may come and go between two runs: a part knows its rows by name.
 
     Args:
       folder: of the parts, seen by every process.
@@ -141,92 +131,68 @@ class Parts:
 
     def __init__(self, folder: pathlib.Path, key: Mapping[str, Any], names: np.ndarray):
         self._folder, self._names = folder, names
-        self._key = json.dumps(key)
+        self._key = json.loads(json.dumps(key))  # as it is read back
         self._read()
 
-    def _read(self) -> None:
+    def _read(self, complete: bool = False) -> None:
         self._files: list[pathlib.Path] = []
         self._strangers: list[pathlib.Path] = []
         self.foreign: set[str] = set()
-        names: list[np.ndarray] = []
+        names: list[list] = []
         for path in sorted(self._folder.glob("*.npz")):
             try:
                 with np.load(path) as part:
-                    key, found = str(part["key"]), part["names"]
+                    key, found = json.loads(str(part["key"])), part["names"].tolist()
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 logging.warning("%s cannot be read (%s) and is computed again", path, error)
                 self._strangers.append(path)
                 continue
-            if key == self._key:
+            if differing := {k for k in key | self._key if key.get(k) != self._key.get(k)}:
+                self.foreign |= differing
+                self._strangers.append(path)
+            else:
                 self._files.append(path)
                 names.append(found)
-            else:
-                there, ours = json.loads(key), json.loads(self._key)
-                self.foreign |= {k for k in there | ours if there.get(k) != ours.get(k)}
-                self._strangers.append(path)
         self._starts = np.cumsum([0, *map(len, names)])  # of each part in the rows of all
-        # Where each record's row is among the rows of all parts, -1: nowhere.
-        self._rows = np.full(len(self._names), -1)
-        if names:
-            found = np.concatenate(names)
-            order = np.argsort(found, kind="stable")
-            place = np.searchsorted(found[order], self._names).clip(max=len(found) - 1)
-            self._rows = np.where(found[order][place] == self._names, order[place], -1)
-
-    def missing(self) -> np.ndarray:
-        """Indices of the records that some process has no row of, ascending."""
-        absent = self._rows < 0
-        if jax.process_count() > 1:
-            absent = multihost_utils.process_allgather(absent).any(axis=0)
-        return np.flatnonzero(absent)
+        row_of = {name: row for row, name in enumerate(itertools.chain(*names))}
+        self._rows = np.array(
+            [row_of.get(name, -1) for name in self._names.tolist()]
+        )  # -1: nowhere
+        if complete and (self._rows < 0).any():
+            raise UserError(f"{self._folder}: its files are gone, or not seen by every process")
 
     def compute(
         self, run: OverSplit, params: Any, source: Source, transform: Transform, **options: Any
     ) -> None:
         """Computes what is missing; `run` gives rows, "weight" among them. See `OverSplit.over`."""
-        missing = self.missing()
+        absent = self._rows < 0
+        if jax.process_count() > 1:  # in some process
+            absent = multihost_utils.process_allgather(absent).any(axis=0)
+        missing = np.flatnonzero(absent)
         if not len(missing):
             return
         writes = jax.process_index() == 0
         if writes:
             for path in self._strangers:
                 path.unlink(missing_ok=True)
-        numbers = (int(path.stem) for path in self._folder.glob("*.npz"))
-        number = max(numbers, default=-1) + 1
-        buffer: list[Results] = []
-        done = 0
-
-        def write() -> None:
-            nonlocal number, done
-            if not buffer:
-                return
-            part = {name: np.concatenate([b[name] for b in buffer]) for name in buffer[0]}
-            buffer.clear()
-            count = min(len(part["weight"]), len(missing) - done)  # the rest is padding
-            part = {name: values[:count] for name, values in part.items()}
-            names = self._names[missing[done : done + count]]
-            done += count
-            if writes:
-                path = self._folder / f"{number:06d}.npz"
-                with complete_or_absent(path) as temporary, temporary.open("wb") as file:
-                    np.savez(file, **part, names=names, key=np.asarray(self._key))
-            number += 1
-
-        try:
-            for result in run.over(params, Selection(source, missing), transform, **options):
-                buffer.append(result)
-                if len(buffer) == BATCHES_PER_PART:
-                    write()
-        finally:
-            write()
+        first = 1 + max((int(path.stem) for path in self._folder.glob("*.npz")), default=-1)
+        results = run.over(params, Selection(source, missing), transform, **options)
+        size = BATCHES_PER_PART * run.batch_size
+        for number, start in enumerate(range(0, len(missing), size), first):
+            done: list[Results] = []
+            try:
+                for result in itertools.islice(results, BATCHES_PER_PART):
+                    done.append(result)
+            finally:  # a part is shorter where the run stops in it
+                if writes and done:
+                    names = self._names[missing[start : start + size]][: len(done) * run.batch_size]
+                    part = {k: np.concatenate([r[k] for r in done])[: len(names)] for k in done[0]}
+                    path = self._folder / f"{number:06d}.npz"
+                    with complete_or_absent(path) as temporary, temporary.open("wb") as file:
+                        np.savez(file, **part, names=names, key=np.asarray(json.dumps(self._key)))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("parts of a split")
-        in_every_process(self._read_all)
-
-    def _read_all(self) -> None:
-        self._read()
-        if (self._rows < 0).any():
-            raise UserError(f"{self._folder}: its files are gone, or not seen by every process")
+        in_every_process(self._read, True)
 
     def read(self, name: str) -> Iterator[np.ndarray]:
         """The rows of all records in order, in blocks [n, ...]."""
@@ -264,16 +230,9 @@ class _Log(io.TextIOBase):
 
 def _progress(examples: int, label: str) -> tqdm:
     """A bar on a terminal, a line now and then in a log; nothing of what is quickly done."""
-    look: dict[str, Any] = {"dynamic_ncols": True}
+    look: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "delay": 1.0}
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, left {remaining}"
-        look = {"file": _Log(), "mininterval": LOG_EVERY_SECONDS, "bar_format": line}
-    return tqdm(
-        total=examples,
-        desc=label,
-        unit=" images",
-        leave=False,
-        delay=1.0,
-        disable=jax.process_index() != 0,
-        **look,
-    )
+        look |= {"file": _Log(), "mininterval": LOG_EVERY_SECONDS, "bar_format": line}
+    hidden = jax.process_index() != 0
+    return tqdm(total=examples, desc=label, unit=" images", disable=hidden, **look)

@@ -4,6 +4,8 @@ Plain NumPy on the host; nothing is trained step by step, and the same features 
 same number.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from mae_jax.models.classifier import BATCH_NORM_EPS
@@ -21,27 +23,22 @@ def ridge_probe(
 ) -> float:
     """Top-1 accuracy (0 to 1) of a linear classifier fitted by least squares.
 
-    Features are standardised by the mean and variance of the training part, which is batch norm
-    without affine; the targets are one-hot rows less their mean; the weights are
-    ``(X'X + lambda n I)^-1 X'Y``. Lambda is the one of `PENALTIES` that does best on a random fifth
-    of the training part, fixed for n; then everything is fitted again on all of it.
+    Ridge regression on one-hot targets, as big_vision's fewshot_lsr. Features are standardised by
+    the mean and variance of the training part, which is batch norm without affine; the targets are
+    less their mean; the weights are ``(X'X + lambda n I)^-1 X'Y``. Lambda is the one of `PENALTIES`
+    that does best on a random fifth of the training part, fixed for n; then all of it is fitted.
 
     Args:
-      train_features: [N, D], N at least 2.
-      train_labels: [N] in [0, classes).
-      eval_features: [M, D].
-      eval_labels: [M].
+      train_features, eval_features: [N, D] and [M, D]; N at least 2.
+      train_labels, eval_labels: [N] and [M], in [0, classes).
 
     Raises:
       ValueError: shapes or labels that do not fit, or features that are not finite.
-
-    Ridge regression on one-hot targets as a probe while training: big_vision's fewshot_lsr.
     """
     _check(train_features, train_labels, eval_features, eval_labels, classes)
     x, x_eval = train_features.astype(np.float64), eval_features.astype(np.float64)
-    n = len(x)
-    order = np.random.default_rng(0).permutation(n)
-    held_out, fitted = np.split(order, [max(1, n // 5)])
+    order = np.random.default_rng(0).permutation(len(x))
+    held_out, fitted = np.split(order, [max(1, len(x) // 5)])
     scores = [
         _top1(x[held_out] @ kernel + bias, train_labels[held_out])
         for kernel, bias in _ridge(x[fitted], train_labels[fitted], classes, PENALTIES)
@@ -52,7 +49,7 @@ def ridge_probe(
 
 
 def _ridge(
-    x: np.ndarray, labels: np.ndarray, classes: int, penalties: tuple[float, ...] | list[float]
+    x: np.ndarray, labels: np.ndarray, classes: int, penalties: Iterable[float]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each penalty the kernel [D, K] and bias [K] that go with features [N, D] as they are."""
     mean, deviation = x.mean(axis=0), np.sqrt(x.var(axis=0) + BATCH_NORM_EPS)  # [D] each
@@ -85,13 +82,7 @@ def knn_accuracy(
     2104.14294). A poor measure of MAE: its features are spread over many directions of small
     variance that a linear layer can weigh and a distance cannot.
 
-    Args:
-      k: neighbours; all of the training part where it has fewer.
-      Others as in `ridge_probe`.
-
-    Raises:
-      ValueError: as `ridge_probe`.
-    """
+    Arguments and errors as in `ridge_probe`; of fewer than k training examples all vote."""
     _check(train_features, train_labels, eval_features, eval_labels, classes)
     train, evaluation = _unit(train_features), _unit(eval_features)
     k = min(k, len(train))

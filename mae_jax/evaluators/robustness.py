@@ -21,8 +21,6 @@ from mae_jax import UserError
 from mae_jax.data.sources import Source
 from mae_jax.data.tfds_source import find_dataset
 
-SEVERITIES = (1, 2, 3, 4, 5)
-
 # AlexNet's error, mean over the severities: what ImageNet-C measures errors in (Hendrycks and
 # Dietterich, arXiv 1903.12261, section 4.1; values of the evaluation script they released).
 ALEXNET_ERRORS = {
@@ -46,23 +44,17 @@ ALEXNET_ERRORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is evaluated.
+    """How a benchmark is evaluated."""
 
-    Attributes:
-      data: its TFDS data sets.
-      crop: crop over resized side; 0 for the usual one.
-      subset: only the classes that occur in the set can be predicted.
-    """
-
-    data: tuple[str, ...]
+    data: tuple[str, ...]  # TFDS data sets
     split: str
-    crop: float = 0.0
-    subset: bool = False
+    crop: float = 0.0  # over the resized side; 0 for the usual one
+    subset: bool = False  # only classes that occur in the set can be predicted
 
 
 def corrupted(corruption: str) -> tuple[str, ...]:
     """The data sets of one corruption, by severity."""
-    return tuple(f"imagenet2012_corrupted/{corruption}_{severity}" for severity in SEVERITIES)
+    return tuple(f"imagenet2012_corrupted/{corruption}_{severity}" for severity in range(1, 6))
 
 
 # ImageNet-A and -R hold 200 classes of ImageNet's 1000, and their labels are ImageNet's. The images
@@ -90,22 +82,12 @@ def require_present(data: Sequence[str], data_dir: str) -> None:
 
 
 def occurring_classes(source: Source, classes: int) -> np.ndarray:
-    """The classes below `classes` that some record has, ascending: [S] int32.
-
-    Every record is read, no picture is decoded.
-    """
+    """The classes below `classes` that some record has, ascending: [S] int32; decodes nothing."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         labels = np.fromiter(pool.map(lambda i: source[i].label, range(len(source))), np.int32)
     return np.unique(labels[(labels >= 0) & (labels < classes)])
 
 
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Corruption errors in percent of AlexNet's; their mean over all corruptions is the mCE.
-
-    Args:
-      errors: corruption -> top-1 error at each severity, fractions.
-    """
-    return {
-        name: 100 * statistics.fmean(values) / ALEXNET_ERRORS[name]
-        for name, values in errors.items()
-    }
+    """Top-1 errors at each severity in percent of AlexNet's; the mean of all is the mCE."""
+    return {k: 100 * statistics.fmean(e) / ALEXNET_ERRORS[k] for k, e in errors.items()}
