@@ -18,25 +18,15 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
-
-    Raises:
-      UserError: the product is not the number of devices.
-    """
+    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves."""
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    if data == -1 and fsdp == -1:
-        raise UserError("mesh.data and mesh.fsdp are both -1: fix one of them")
-    shape = (data, fsdp)
-    if data == -1:
-        shape = (count // fsdp, fsdp)
-    elif fsdp == -1:
-        shape = (data, count // data)
-    if min(shape) < 1 or shape[0] * shape[1] != count:
+    try:
+        shape = np.empty(len(devices)).reshape(data, fsdp).shape
+    except ValueError as error:
         raise UserError(
-            f"mesh.data = {data} by mesh.fsdp = {fsdp} does not cover the {count} device(s) "
+            f"mesh.data = {data} by mesh.fsdp = {fsdp} does not cover the {len(devices)} device(s) "
             "present; -1 for one of them fits it to the other"
-        )
+        ) from error
     auto = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh(shape, BATCH_AXES, axis_types=auto, devices=devices)
 
@@ -73,11 +63,7 @@ def local_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
 def global_batch(
     batch: dict[str, np.ndarray], positions: np.ndarray, batch_size: int, mesh: Mesh
 ) -> Any:
-    """Assembles global arrays [batch_size, ...] from this process's rows [b, ...].
-
-    Args:
-      positions: `local_positions(batch_size, mesh)`, the global row of each local one.
-    """
+    """Global arrays [batch_size, ...] from this process's rows [b, ...], its `local_positions`."""
     sharding = batch_sharding(mesh)
 
     def assemble(local: np.ndarray) -> jax.Array:
@@ -94,10 +80,10 @@ def global_batch(
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays, equal in every process, as global arrays laid out by `shardings`."""
 
-    def place_one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
 
-    return jax.tree.map(lambda x, sharding: place_one(np.asarray(x), sharding), tree, shardings)
+    return jax.tree.map(one, tree, shardings)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""How parameters and optimizer state lie on the mesh: ordered rules on parameter paths."""
+"""How parameters and optimizer state lie on the mesh, by their paths."""
 
 import math
 import re
@@ -12,11 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.distributed.mesh import replicated
 
-# First match wins. Optimizer moments and averages carry their parameter's path and follow it.
-RULES: tuple[tuple[str, str], ...] = (
-    (r"(norm\d?|bias|cls_token|mask_token)", "replicate"),  # small: not worth a collective
-    (r".*", "fsdp"),
-)
+# Small, not worth a collective. Optimizer moments and averages carry their parameter's path.
+REPLICATED = r"norm|bias|cls_token|mask_token"
 # What layers multiply in the compute type; the head of a classifier is not among them.
 CAST_BY_LAYERS = r"(blocks/.+|embed|pred)/kernel$"
 
@@ -27,11 +24,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def _spec(name: str, shape: tuple[int, ...], ways: int) -> P:
-    strategy = next(strategy for pattern, strategy in RULES if re.search(pattern, name))
-    if strategy == "replicate" or ways == 1:
-        return P()
     divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
-    if not divisible:
+    if ways == 1 or not divisible or re.search(REPLICATED, name):
         return P()
     axis = max(divisible, key=lambda axis: shape[axis])
     return P(*("fsdp" if i == axis else None for i in range(len(shape))))
@@ -74,8 +68,7 @@ def gather_params(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
     """Collects split parameters for use in a program that the compiler lays out.
 
     Without this it may split the computation the way the parameters are split, which on TPU costs
-    several times the gather (see the numbers in `plan`). Gathering matrices in bfloat16 halves the
-    traffic. Does nothing on a mesh without fsdp.
+    several times the gather (see the numbers in `plan`). Does nothing on a mesh without fsdp.
     """
     if mesh.shape["fsdp"] == 1:
         return params

@@ -22,9 +22,7 @@ def initialize() -> None:
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if count.isdigit():
         if int(count) > 1:
-            jax.distributed.initialize(
-                num_processes=int(count), process_id=int(os.environ["JAX_PROCESS_ID"])
-            )
+            jax.distributed.initialize(None, int(count), int(os.environ["JAX_PROCESS_ID"]))
     elif count == "auto" or _several_by_environment():
         jax.distributed.initialize()
 
@@ -53,9 +51,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         logging.warning("%s: saving and leaving after this step", signal.Signals(number).name)
         self._received = True
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a second Ctrl-C is obeyed at once
+        # A second Ctrl-C is obeyed at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, step: int) -> bool:
         """Whether to stop after `step` steps; every process must ask after every step."""

@@ -7,17 +7,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
+from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks.finetune import Finetune
 from mae_jax.tasks.linear_probe import LinearProbe
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.train.task import Task
 
-_CLASSES = {
-    "pretrain": Pretrain,
-    "finetune": Finetune,
-    "scratch": Finetune,
-    "linear_probe": LinearProbe,
-}
+_CLASSES = dict(pretrain=Pretrain, finetune=Finetune, scratch=Finetune, linear_probe=LinearProbe)
 
 
 def create_task(
@@ -27,7 +23,7 @@ def create_task(
     mesh: Mesh,
     class_names: Sequence[str] | None = None,
 ) -> Task:
-    """The task `config.task` names.
+    """The task that a validated config names.
 
     Args:
       examples: size of the training split; sets the length of epochs.
@@ -35,4 +31,5 @@ def create_task(
     """
     for line in config_lib.adjustments(config, examples):
         logging.info("%s", line)
-    return _CLASSES[config.task](config, examples, classes or 0, mesh, class_names or ())
+    spec = ModelSpec.from_config(config, classes or 0, class_names or ())
+    return _CLASSES[config.task](config, examples, spec, mesh)

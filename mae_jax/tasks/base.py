@@ -14,10 +14,13 @@ from mae_jax import config as config_lib
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
+from mae_jax.interop.export import export_encoder
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import ViT, sincos_position_table
 from mae_jax.train import optimizers
 from mae_jax.train.gradients import LossFn, gradients
+from mae_jax.train.loop import Action
+from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState, apply_gradients
 
 # Purposes of random keys, so that they never collide.
@@ -35,15 +38,13 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
 
 
 class BaseTask:
-    """Most of a `train.task.Task` on a ViT; a task adds `init`, the two steps, `actions`, `export`
-    and `train_flops_per_image`.
+    """Most of a `train.task.Task` on a ViT; a task adds `init`, the two steps and
+    `train_flops_per_image`.
 
     Args:
-      config: a validated config.
       examples: size of the training split; sets the length of epochs.
       spec: of the model that is trained or probed, as it is exported.
       encoder: of that model.
-      mesh: where steps run.
     """
 
     metric_names = ("loss", "grad_norm", "lr")
@@ -55,10 +56,13 @@ class BaseTask:
         self.total_steps = config_lib.total_steps(config, examples)
         self.batch_size = config.batch_size
         self.eval_batch_size = config.eval.batch_size or config.batch_size
-        self.mesh = mesh
-        self.spec = spec
-        self.encoder = encoder
+        self.mesh, self.spec, self.encoder = mesh, spec, encoder
         self.mean, self.std = spec.mean, spec.std
+        self.image_shape = (*encoder.image_size, encoder.channels)
+        self.batch_schema = {
+            "image": ArraySpec(self.image_shape, np.uint8),
+            "label": ArraySpec((), np.int32),
+        }
         self.flip = config.data.flip
         self.accumulate = config.optim.accumulate
         self.ema_decay = config.optim.ema
@@ -78,30 +82,10 @@ class BaseTask:
         self, state: TrainState, loss_fn: LossFn, examples: dict, parts: int
     ) -> tuple[TrainState, Metrics]:
         """One step down the gradients of `loss_fn`; see `gradients`."""
-        grads, metrics = gradients(
-            loss_fn,
-            state,
-            examples,
-            mesh=self.mesh,
-            parts=parts,
-            compute_dtype=self.encoder.dtype,
-            reduce_dtype=self.reduce_dtype,
-        )
+        types = {"compute_dtype": self.encoder.dtype, "reduce_dtype": self.reduce_dtype}
+        grads, metrics = gradients(loss_fn, state, examples, mesh=self.mesh, parts=parts, **types)
         metrics |= {"grad_norm": optax.tree.norm(grads), "lr": self.schedule(state.step)}
         return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
-
-    @property
-    def batch_schema(self) -> dict[str, ArraySpec]:
-        """What a step takes."""
-        return {
-            "image": ArraySpec(self.image_shape, np.uint8),
-            "label": ArraySpec((), np.int32),
-        }
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the images a step takes."""
-        return (*self.encoder.image_size, self.encoder.channels)
 
     @property
     def fixed_positions(self) -> dict[str, np.ndarray]:
@@ -123,6 +107,16 @@ class BaseTask:
 
     def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
         """Nothing to see."""
+
+    def actions(
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+    ) -> list[Action]:
+        """Nothing beside evaluating and saving."""
+        return []
+
+    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+        """Writes encoder and head of a host-side `state` for others to load, with a card."""
+        export_encoder(state.weights, directory, self.spec, facts)
 
     def key(self, purpose: int) -> jax.Array:
         """The run's random key for one purpose."""

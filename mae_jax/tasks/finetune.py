@@ -1,12 +1,8 @@
-"""Supervised training of the encoder: fine-tuning, partial fine-tuning, from scratch.
-
-Paper tables 9 and 11, section 4.3.
-"""
+"""Fine-tuning, partial or whole, and training from scratch (paper tables 9, 11, section 4.3)."""
 
 import math
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +17,6 @@ from mae_jax.augment.pixels import example_keys, random_flip
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
 from mae_jax.distributed.sharding import gather_params
-from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.classifier import classification_sums
 from mae_jax.models.patches import normalize
@@ -36,26 +31,11 @@ from mae_jax.train.state import Metrics, TrainState, create_state, split
 
 
 class Finetune(BaseTask):
-    """Classification as pure functions of (state, batch).
-
-    Args:
-      config: a validated config.
-      examples: size of the training split; sets the length of epochs.
-      classes, class_names: of the data set.
-      mesh: where steps run.
-    """
+    """Classification as pure functions of (state, batch)."""
 
     decays = staticmethod(optimizers.decays_in_fine_tuning)
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        examples: int,
-        classes: int,
-        mesh: Mesh,
-        class_names: Sequence[str] = (),
-    ):
-        spec = ModelSpec.from_config(config, classes, class_names)
+    def __init__(self, config: ConfigDict, examples: int, spec: ModelSpec, mesh: Mesh):
         depth, blocks = spec.depth, config.trainable_blocks
         self.trainable_blocks = depth if blocks == -1 else blocks
         self.model = spec.classifier(
@@ -69,16 +49,13 @@ class Finetune(BaseTask):
         self.mix_group = config_lib.mix_group(config)
         layer_decay = optimizers.scale_by_layer(depth, config.optim.layer_decay)
         self.optimizer = optax.chain(self.optimizer, layer_decay)
-
-    @property
-    def train_flops_per_image(self) -> int:
-        """Matrix-multiply FLOPs of one training step per image."""
         forward = flops.encoder_forward_macs(self.encoder)
-        if self.trainable_blocks == self.encoder.depth:
-            return flops.train_flops(forward)
-        tokens = 1 + self.encoder.grid[0] * self.encoder.grid[1]
-        one_block = flops.stack_macs(tokens, self.encoder.width, 1)
-        return flops.train_flops(forward, round(self.trainable_blocks * one_block))
+        if self.trainable_blocks < depth:
+            one_block = flops.stack_macs(1 + math.prod(spec.grid), spec.width, 1)
+            trained = round(self.trainable_blocks * one_block)
+            self.train_flops_per_image = flops.train_flops(forward, trained)
+        else:
+            self.train_flops_per_image = flops.train_flops(forward)
 
     def is_trainable(self, path: str) -> bool:
         """Whether a parameter is trained: the last blocks and what follows them, or everything."""
@@ -95,9 +72,8 @@ class Finetune(BaseTask):
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
-        images = jnp.zeros((1, *self.image_shape))
-        params = self.model.init(self.key(INIT), images)["params"]
-        params, frozen = split(params, self.is_trainable)
+        variables = self.model.init(self.key(INIT), jnp.zeros((1, *self.image_shape)))
+        params, frozen = split(variables["params"], self.is_trainable)
         return create_state(params, self.optimizer, keep_ema=self.ema_decay > 0, frozen=frozen)
 
     def augmented(self, batch: dict, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,7 +115,6 @@ class Finetune(BaseTask):
         images, targets, keys = self.augmented(batch, state.step)
 
         def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
-            del extra
             path_scale = None
             if self.drop_path:
                 path_scale = drop_path_scale(examples["key"], self.encoder.depth, self.drop_path)
@@ -157,10 +132,8 @@ class Finetune(BaseTask):
 
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
         """Summed loss, top-1 and top-5 hits, and count."""
-        del index  # nothing is random
-        return classification_sums(
-            self.logits(state, batch["image"]), batch["label"], batch["weight"]
-        )
+        logits = self.logits(state, batch["image"])
+        return classification_sums(logits, batch["label"], batch["weight"])
 
     def probabilities(self, state: TrainState, images: jax.Array) -> jax.Array:
         """Softmax over classes [B, classes] of images [B, H, W, C] uint8."""
@@ -176,7 +149,3 @@ class Finetune(BaseTask):
         """Pictures of predictions."""
         pictures = draw_predictions(self, data, config.pictures.count, workdir / "predictions")
         return [Action(config.pictures.every, pictures)]
-
-    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
-        """Writes the classifier of a host-side `state` for others to load, with a card."""
-        export_encoder(state.weights, directory, self.spec, facts)

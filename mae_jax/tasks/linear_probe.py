@@ -1,10 +1,7 @@
-"""Linear probing: a linear classifier on features of the frozen encoder.
-
-Paper appendix A.1 and table 10.
-"""
+"""Linear probing: a linear classifier on frozen features (paper appendix A.1, table 10)."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,8 +30,6 @@ from mae_jax.models.classifier import (
 from mae_jax.models.patches import normalize
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks.base import INIT, TRAIN, BaseTask, how_computed
-from mae_jax.train.loop import Action
-from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState, create_state
 
 BATCH_NORM_MOMENTUM = 0.1  # as PyTorch counts it: the share of the new statistics
@@ -45,57 +40,32 @@ class LinearProbe(BaseTask):
 
     Where nothing random is asked of the pixels (`data.crop` centre, `data.flip` off), the features
     are computed once and kept, and steps take them in place of images.
-
-    Args:
-      config: a validated config.
-      examples: size of the training split; sets the length of epochs.
-      classes, class_names: of the data set.
-      mesh: where steps run.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        examples: int,
-        classes: int,
-        mesh: Mesh,
-        class_names: Sequence[str] = (),
-    ):
-        spec = ModelSpec.from_config(config, classes, class_names)
+    def __init__(self, config: ConfigDict, examples: int, spec: ModelSpec, mesh: Mesh):
         # Positions are parameters: those of the weights, interpolated to this image size.
         encoder = spec.encoder(position_params=True, **how_computed(config))
         super().__init__(config, examples, spec, encoder, mesh)
-        self.classes = classes
         self.pool = config.head.pool
         self.init_std = config.head.init_std
         self.norm_group = config_lib.norm_group(config)
         self.cached = config.data.crop == "centre" and not config.data.flip
-
-    @property
-    def batch_schema(self) -> dict[str, ArraySpec]:
-        """What a step takes."""
-        if not self.cached:
-            return super().batch_schema
-        return {
-            "feature": ArraySpec((self.encoder.width,), np.float32),
-            "label": ArraySpec((), np.int32),
-        }
-
-    @property
-    def train_flops_per_image(self) -> int:
-        """Matrix-multiply FLOPs of one training step per image."""
-        head = self.encoder.width * self.classes
-        encoder = 0 if self.cached else flops.encoder_forward_macs(self.encoder)
-        return flops.train_flops(encoder + head, head)
+        head = forward = spec.width * spec.classes
+        if self.cached:
+            del self.batch_schema["image"]
+            self.batch_schema["feature"] = ArraySpec((spec.width,), np.float32)
+        else:
+            forward += flops.encoder_forward_macs(encoder)
+        self.train_flops_per_image = flops.train_flops(forward, head)
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
-        width = self.encoder.width
+        width, classes = self.spec.width, self.spec.classes
         encoder_key, head_key = jax.random.split(self.key(INIT))
         images = jnp.zeros((1, *self.image_shape))
         head = {
-            "kernel": self.init_std * jax.random.normal(head_key, (width, self.classes)),
-            "bias": jnp.zeros(self.classes),
+            "kernel": self.init_std * jax.random.normal(head_key, (width, classes)),
+            "bias": jnp.zeros(classes),
         }
         return create_state(
             {"head": head},
@@ -126,7 +96,7 @@ class LinearProbe(BaseTask):
         x, statistics = self.normalise_groups(x, state.extra["statistics"])
 
         def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
-            del extra  # normalised already, over more examples than one device has
+            # Normalised already, over more examples than one device has.
             logits = linear_head(weights["head"], examples["x"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
             return losses.mean(), {}
@@ -136,17 +106,10 @@ class LinearProbe(BaseTask):
         return state.replace(extra={"statistics": statistics}), metrics
 
     def normalise_groups(self, x: jax.Array, running: dict) -> tuple[jax.Array, dict]:
-        """Batch norm in training, over groups of neighbours in the global batch.
+        """Batch norm of x [B, D] float32 over groups of neighbours in the global batch.
 
-        The running variance is the unbiased one, as in PyTorch; running statistics move to the
-        mean over groups, where the reference keeps those of its first GPU.
-
-        Args:
-          x: [B, D] float32.
-          running: "mean" [D] and "var" [D].
-
-        Returns:
-          [B, D], and the new running statistics.
+        Running statistics, "mean" [D] and "var" [D] (unbiased, as in PyTorch), move to the mean
+        over groups, where the reference keeps those of its first GPU.
         """
         size = self.norm_group
         groups = x.reshape(-1, size, x.shape[1])  # [G, g, D]
@@ -159,11 +122,9 @@ class LinearProbe(BaseTask):
 
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
         """Summed loss, top-1 and top-5 hits, and count."""
-        del index  # nothing is random
         x = batch["feature"] if self.cached else self.features(state.frozen, batch["image"])
         head = absorb_batch_norm(state.params["head"], state.extra["statistics"])
-        logits = linear_head(head, x)
-        return classification_sums(logits, batch["label"], batch["weight"])
+        return classification_sums(linear_head(head, x), batch["label"], batch["weight"])
 
     def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
         """Where batches come from: the pixels, or features computed once from them."""
@@ -171,17 +132,8 @@ class LinearProbe(BaseTask):
             return data
         return CachedFeatures(self, data, state.frozen, workdir / "features")
 
-    def actions(
-        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
-    ) -> list[Action]:
-        """Nothing beside evaluating and saving."""
-        return []
-
     def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
-        """Writes encoder and head of a host-side `state` as one classifier, with a card.
-
-        Batch norm is absorbed into the head.
-        """
+        """As for any task, batch norm absorbed into the head."""
         weights = jax.tree.map(np.asarray, probe_params(state.weights, state.extra["statistics"]))
         export_encoder(weights, directory, self.spec, facts)
 

@@ -1,22 +1,18 @@
 """The pretraining task: what a step of masked autoencoding does (paper section 3, table 8)."""
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.augment.pixels import example_keys, random_flip
-from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import place
 from mae_jax.distributed.sharding import gather_params, shardings_of
 from mae_jax.evaluators.online_probe import Probe
-from mae_jax.interop.export import export_encoder
 from mae_jax.models import flops
 from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import Masking, sample_masking
@@ -30,35 +26,17 @@ from mae_jax.train.state import Metrics, TrainState, create_state, split
 
 
 class Pretrain(BaseTask):
-    """Masked autoencoding as pure functions of (state, batch).
+    """Masked autoencoding as pure functions of (state, batch); labels are not looked at."""
 
-    Args:
-      config: a validated config.
-      examples: size of the training split; sets the length of epochs.
-      classes, class_names: not used; labels are not looked at.
-      mesh: where steps run.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        examples: int,
-        classes: int,
-        mesh: Mesh,
-        class_names: Sequence[str] = (),
-    ):
-        del classes, class_names
-        spec = ModelSpec.from_config(config)
+    def __init__(self, config: ConfigDict, examples: int, spec: ModelSpec, mesh: Mesh):
         # Weights to start from bring their position tables, interpolated to this image size.
         self.model = spec.mae(position_params=bool(config.init_from), **how_computed(config))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
         self.mask_kind = config.mask.kind
         self.mask_ratio = config.mask.ratio
-
-    @property
-    def batch_schema(self) -> dict[str, ArraySpec]:
-        """What a step takes: no labels."""
-        return {"image": ArraySpec(self.image_shape, np.uint8)}
+        del self.batch_schema["label"]
+        forward = flops.mae_forward_macs(self.model, self.mask_ratio)
+        self.train_flops_per_image = flops.train_flops(forward)
 
     def prepare(self, state: TrainState, data: Splits) -> TrainState:
         """Fits the state of the target to training images, where it has one to be fitted."""
@@ -70,11 +48,6 @@ class Pretrain(BaseTask):
         fitted = jax.device_get(jax.jit(target.fit)(normalize(images, self.mean, self.std)))
         fitted = place(fitted, shardings_of(state.frozen["target_state"]))
         return state.replace(frozen={**state.frozen, "target_state": fitted})
-
-    @property
-    def train_flops_per_image(self) -> int:
-        """Matrix-multiply FLOPs of one training step per image."""
-        return flops.train_flops(flops.mae_forward_macs(self.model, self.mask_ratio))
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
@@ -89,17 +62,13 @@ class Pretrain(BaseTask):
         return sample_masking(self.mask_kind, keys, self.encoder.grid, self.mask_ratio)
 
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        """One update on batch["image"] [B, H, W, C] uint8.
-
-        Flips and masks depend on (seed, step, position in the global batch) only.
-        """
+        """One update; flips and masks depend on (seed, step, position in the global batch) only."""
         images = batch["image"]
         keys = example_keys(self.key(TRAIN), state.step, self.positions(images.shape[0]))
         flip_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # [B] each
         examples = {"image": images, "flip_key": flip_keys, "mask_key": mask_keys}
 
         def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
-            del extra
             x = examples["image"]
             if self.flip:
                 x = random_flip(x, examples["flip_key"])
@@ -110,11 +79,7 @@ class Pretrain(BaseTask):
         return self.update(state, loss_fn, examples, self.accumulate)
 
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
-        """Summed loss and count of batch number `index`; masks are the same in every evaluation.
-
-        Args:
-          batch: "image" [B, H, W, C] uint8 and "weight" [B], 0 for padding.
-        """
+        """Summed loss and count; masks of a batch number are the same in every evaluation."""
         x = normalize(batch["image"], self.mean, self.std)
         keys = example_keys(self.key(EVAL), index, self.positions(x.shape[0]))
         params = gather_params(state.weights, self.mesh, self.encoder.dtype)
@@ -145,10 +110,6 @@ class Pretrain(BaseTask):
             probe = Probe(self, data, writer, **probe_options(config))
             actions.append(Action(config.probe.every, probe))
         return actions
-
-    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
-        """Writes the encoder of a host-side `state` for others to load, with a card."""
-        export_encoder(state.weights, directory, self.spec, facts)
 
 
 def probe_options(config: ConfigDict) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The training loop. It knows no task: a step function, batches, and things to do at intervals."""
 
-import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,63 +13,43 @@ from mae_jax.train.state import Metrics, TrainState
 
 
 class Totals(NamedTuple):
-    """Metrics summed on the device over a log interval.
+    """Metrics summed on the device over a log interval."""
 
-    Attributes:
-      sums: name -> float32 sum over `count` steps.
-      bad_step: first step (0-based) with a non-finite metric, -1 for none.
-    """
-
-    sums: Metrics
+    sums: Metrics  # float32, over `count` steps
     count: jax.Array
-    bad_step: jax.Array
+    bad_step: jax.Array  # the first (0-based) with a non-finite metric, -1 for none
 
 
 def zero_totals(names: Iterable[str]) -> Totals:
     """Totals of no steps."""
-    return Totals(
-        {name: jnp.zeros((), jnp.float32) for name in names},
-        jnp.zeros((), jnp.int32),
-        jnp.full((), -1, jnp.int32),
-    )
+    sums = {name: jnp.float32(0) for name in names}
+    return Totals(sums, count=jnp.int32(0), bad_step=jnp.int32(-1))
 
 
 def add_totals(totals: Totals, metrics: Metrics, step: jax.Array) -> Totals:
     """Adds the metrics of `step`; runs inside the compiled step."""
     finite = jnp.all(jnp.stack([jnp.isfinite(m) for m in metrics.values()]))
-    first_bad = (totals.bad_step < 0) & ~finite
-    return Totals(
-        {name: totals.sums[name] + value for name, value in metrics.items()},
-        totals.count + 1,
-        jnp.where(first_bad, step, totals.bad_step),
-    )
+    bad_step = jnp.where((totals.bad_step < 0) & ~finite, step, totals.bad_step)
+    sums = {name: totals.sums[name] + value for name, value in metrics.items()}
+    return Totals(sums, totals.count + 1, bad_step)
 
 
 StepFn = Callable[[TrainState, Totals, Any], tuple[TrainState, Totals]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Action:
-    """Something to do at the end of every `every`-th step (0: never), and of the last one.
-
-    Attributes:
-      run: called with (steps done, state).
-    """
+class Action(NamedTuple):
+    """Something to do at the end of every `every`-th step (0: never), and of the last one."""
 
     every: int
-    run: Callable[[int, TrainState], None]
-
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to run after `step` steps."""
-        return last or (self.every > 0 and step % self.every == 0)
+    run: Callable[[int, TrainState], None]  # of (steps done, state)
 
 
 class Interval(NamedTuple):
     """One log interval: mean metrics of its steps, seconds they took, seconds spent on data."""
 
-    step: int
     metrics: dict[str, float]
     steps: int
+    step: int
     seconds: float
     data_seconds: float
 
@@ -108,26 +86,30 @@ def train(
     Raises:
       UserError: naming the step.
     """
-    clock = _Clock()
     previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None
     totals = place_totals(zero_totals(metric_names))
-    bar = Progress(start_step, total_steps)
+    # The interval's start, moved on by the time of actions; seconds of it spent on data.
+    start, waited = time.perf_counter(), 0.0
 
     def flush() -> None:
         nonlocal pending
         if pending is not None:
-            finished, step, seconds, waited = pending
-            interval = _read(finished, step, seconds, waited)
-            bar.show(report(interval), step, seconds / interval.steps)
+            finished, *times = jax.device_get(pending)
+            _check_finite(finished)
+            count = int(finished.count)
+            means = {name: float(total) / count for name, total in finished.sums.items()}
+            interval = Interval(means, count, *times)
+            bar.show(report(interval), interval.step, interval.seconds / count)
             pending = None
 
-    with bar:
-        for step in range(start_step, total_steps):
-            with clock.waiting_for_data():
-                batch = next(batches)
+    with Progress(start_step, total_steps) as bar:
+        for done in range(start_step + 1, total_steps + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
             state, totals = step_fn(state, totals, batch)
-            done = step + 1
+            last = done == total_steps
             # Waits for the step before: bounds the batches held, and makes the host's clock the
             # device's. The device does not pause for this, it has the step just sent.
             if previous is not None:
@@ -135,21 +117,24 @@ def train(
             previous = totals.count
             bar.advance()
 
-            if done % log_every == 0 or done == total_steps:
+            if done % log_every == 0 or last:
                 # Blocks until the previous interval is finished, while this one runs.
                 flush()
                 jax.tree.map(lambda x: x.copy_to_host_async(), totals)
-                pending = (totals, done, *clock.lap())
+                now = time.perf_counter()
+                pending = (totals, done, now - start, waited)
+                start, waited = now, 0.0
                 totals = place_totals(zero_totals(metric_names))
 
-            due = [action for action in actions if action.due(done, done == total_steps)]
-            stopping = done < total_steps and stop_requested(done)
+            due = [run for every, run in actions if last or (every > 0 and done % every == 0)]
+            stopping = not last and stop_requested(done)
             if due or stopping:
-                with clock.paused():
-                    flush()
-                    _check_finite(totals)  # waits for the device: what follows reads the state
-                    for action in due:
-                        action.run(done, state)
+                paused = time.perf_counter()
+                flush()
+                _check_finite(totals)  # waits for the device: what follows reads the state
+                for run in due:
+                    run(done, state)
+                start += time.perf_counter() - paused
             if stopping:
                 on_stop(done, state)
                 return state, done
@@ -165,37 +150,3 @@ def _check_finite(totals: Totals) -> None:
             "was saved since; the last checkpoint is good. Lower optim.base_lr, set "
             "optim.clip_norm, or compute in float32 (compute_dtype), with a new workdir."
         )
-
-
-def _read(totals: Totals, step: int, seconds: float, waited: float) -> Interval:
-    totals = jax.device_get(totals)
-    _check_finite(totals)
-    count = int(totals.count)
-    means = {name: float(total) / count for name, total in totals.sums.items()}
-    return Interval(step, means, count, seconds, waited)
-
-
-class _Clock:
-    """Seconds of training since the last lap, and how many of them went into waiting for data."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._waited = 0.0
-
-    @contextlib.contextmanager
-    def waiting_for_data(self):
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self):
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def lap(self) -> tuple[float, float]:
-        now = time.perf_counter()
-        lap = now - self._start, self._waited
-        self._start, self._waited = now, 0.0
-        return lap

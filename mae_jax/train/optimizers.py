@@ -9,38 +9,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mae_jax import UserError
+
 Mask = Callable[[optax.Params], optax.Params]
 
 
 def warmup_cosine(
     *, base_lr: float, batch_size: int, warmup_steps: int, total_steps: int, min_lr: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then half a cosine to `min_lr` at `total_steps`, by step.
-
-    The peak is base_lr * batch_size / 256. Step 0 has a learning rate of exactly 0.
+    """Linear warm-up from exactly 0 to base_lr * batch_size / 256, then half a cosine to `min_lr`.
 
     Raises:
-      ValueError: the warm-up is as long as the run or longer.
+      UserError: the warm-up is as long as the run or longer.
     """
     if warmup_steps >= total_steps:
-        raise ValueError(
+        raise UserError(
             f"the warm-up takes {warmup_steps} of {total_steps} steps: lower optim.warmup_epochs "
             "(or optim.warmup_steps), or train longer"
         )
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=base_lr * batch_size / 256,
-        warmup_steps=warmup_steps,
-        decay_steps=total_steps,
-        end_value=min_lr,
-    )
+    peak = base_lr * batch_size / 256
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, min_lr)
 
 
 def decays(params: optax.Params) -> optax.Params:
-    """True for matrices, False for 1-D tensors and biases.
-
-    `cls_token` and `mask_token` are [1, 1, D] and are decayed, as in the reference's pretraining.
-    """
+    """True but for 1-D tensors: as in the reference's pretraining, tokens [1, 1, D] are decayed."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
@@ -54,25 +46,14 @@ def decays_in_fine_tuning(params: optax.Params) -> optax.Params:
 
 
 def adamw(
-    schedule: optax.Schedule,
-    mask: Mask = decays,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
+    schedule: optax.Schedule, mask: Mask, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """AdamW with decoupled decay where `mask` says so."""
     return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
 
 
 def lars(
-    schedule: optax.Schedule,
-    mask: Mask = decays,
-    *,
-    momentum: float,
-    trust: float,
-    weight_decay: float,
+    schedule: optax.Schedule, mask: Mask, *, momentum: float, trust: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """LARS as linear probing uses it (paper table 10).
 
@@ -98,11 +79,7 @@ def hyperparameters(name: str) -> list[str]:
 
 
 def create(
-    name: str,
-    schedule: optax.Schedule,
-    fields: Mapping[str, Any],
-    *,
-    mask: Mask = decays,
+    name: str, schedule: optax.Schedule, fields: Mapping[str, Any], *, mask: Mask = decays
 ) -> optax.GradientTransformation:
     """The optimizer of that name, after clipping by the global norm where that is asked for.
 
@@ -111,10 +88,8 @@ def create(
       mask: which parameters are decayed.
     """
     own = {field: fields[field] for field in hyperparameters(name)}
-    optimizer = OPTIMIZERS[name](schedule, mask, **own)
-    if not fields["clip_norm"]:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(fields["clip_norm"]), optimizer)
+    optimizer, norm = OPTIMIZERS[name](schedule, mask, **own), fields["clip_norm"]
+    return optax.chain(optax.clip_by_global_norm(norm), optimizer) if norm else optimizer
 
 
 def layer_scales(params: optax.Params, depth: int, decay: float) -> optax.Params:

@@ -1,50 +1,45 @@
 """What people and dashboards see of a run: rates and losses."""
 
+import dataclasses
+
 from jax.sharding import Mesh
 
-from mae_jax.data import pipeline
+from mae_jax.data.pipeline import Batches
 from mae_jax.train.loop import Interval
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.task import Task
 from mae_jax.train.throughput import peak_flops
 
 
+@dataclasses.dataclass(frozen=True)
 class Reporter:
     """Turns finished log intervals into metrics and a line for people."""
 
-    def __init__(
-        self,
-        task: Task,
-        mesh: Mesh,
-        writer: MetricsWriter,
-        examples: int,
-        batches: pipeline.Batches,
-    ):
-        self._task = task
-        self._writer = writer
-        self._examples = examples
-        self._batches = batches
-        self._devices = mesh.size
-        self._peak = peak_flops(mesh.devices.flat[0])
+    task: Task
+    mesh: Mesh
+    writer: MetricsWriter
+    examples: int
+    batches: Batches
 
     def __call__(self, interval: Interval) -> str:
-        task = self._task
+        task = self.task
         rate = interval.steps * task.batch_size / interval.seconds
-        flops = rate * task.train_flops_per_image / self._devices
+        flops = rate * task.train_flops_per_image / self.mesh.size
         scalars = {f"train/{name}": value for name, value in interval.metrics.items()}
         scalars |= {
-            "train/epoch": interval.step * task.batch_size / self._examples,
+            "train/epoch": interval.step * task.batch_size / self.examples,
             "train/images_per_second": rate,
             "train/data_wait": interval.data_seconds / interval.seconds,
-            "train/skipped_records": self._batches.skipped,  # by this process, since its start
+            "train/skipped_records": self.batches.skipped,  # by this process, since its start
             "train/model_flops_per_second_per_device": flops,
         }
         line = (
             f"loss {interval.metrics['loss']:.4f}  lr {interval.metrics['lr']:.2e}  "
             f"{rate:.0f} img/s  data wait {scalars['train/data_wait']:.0%}"
         )
-        if self._peak is not None:
-            scalars["train/mfu"] = flops / self._peak
+        peak = peak_flops(self.mesh.devices.flat[0])
+        if peak is not None:
+            scalars["train/mfu"] = flops / peak
             line += f"  MFU {scalars['train/mfu']:.1%}"
-        self._writer.write(interval.step, scalars)
+        self.writer.write(interval.step, scalars)
         return line

@@ -14,22 +14,15 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step reads and writes.
+    """Everything a step reads and writes."""
 
-    Attributes:
-      step: int32 scalar, updates made so far.
-      params: what is trained.
-      ema: moving average of `params`, or None.
-      frozen: parameters that no update changes, or None; no optimizer state is kept for them.
-      extra: further trees by name, such as running statistics of batch norm ("statistics"); laid
-        out, saved and handed to the loss with the rest.
-    """
-
-    step: jax.Array
-    params: Any
+    step: jax.Array  # int32, updates made so far
+    params: Any  # what is trained
     opt_state: Any
-    ema: Any
-    frozen: Any = None
+    ema: Any  # moving average of `params`, or None
+    frozen: Any = None  # parameters that no update changes, or None; not in `opt_state`
+    # Further trees by name, such as running statistics of batch norm ("statistics"); laid out,
+    # saved and handed to the loss with the rest.
     extra: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     @property
@@ -51,11 +44,8 @@ class TrainState:
             return unflatten_dict(chosen)
 
         flat = flatten_dict(weights)
-        return self.replace(
-            params=take(self.params),
-            ema=None if self.ema is None else take(self.ema),
-            frozen=None if self.frozen is None else take(self.frozen),
-        )
+        trees = {name: getattr(self, name) for name in ("params", "ema", "frozen")}
+        return self.replace(**{name: take(x) for name, x in trees.items() if x is not None})
 
 
 def merge(params: Any, frozen: Any) -> Any:

@@ -15,20 +15,15 @@ from mae_jax.train.task import Task
 
 
 def compile_step(task: Task, abstract: Any) -> Any:
-    """The compiled training step (state, totals, batch) -> (state, totals).
-
-    Args:
-      abstract: `abstract_state` of the task.
-    """
+    """(state, totals, batch) -> (state, totals), for a state laid out as the `abstract_state`."""
     logging.info("compiling the step (usually 20 to 60 s) ...")
     start = time.time()
     compiled = with_clock("compiling", lower_step(task, abstract).compile)
     memory = compiled.memory_analysis()
-    logging.info(
-        "compiled the step in %.0f s%s",
-        time.time() - start,
-        f"; {memory.temp_size_in_bytes / 1e9:.2f} GB of working memory a device" if memory else "",
+    size = (
+        f"; {memory.temp_size_in_bytes / 1e9:.2f} GB of working memory a device" if memory else ""
     )
+    logging.info("compiled the step in %.0f s%s", time.time() - start, size)
     return compiled
 
 

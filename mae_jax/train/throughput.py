@@ -1,5 +1,7 @@
 """Peak speed of known chips, for MFU."""
 
+import re
+
 import jax
 
 # Dense bf16 FLOP/s of one JAX device (v2 and v3: one of a chip's two cores). Vendor data sheets.
@@ -22,12 +24,6 @@ PEAK_FLOPS = {
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bf16 FLOP/s of `device`, None where the chip is not in the table."""
     kind = device.device_kind
-    # GPUs carry a suffix ("NVIDIA A100-SXM4-80GB"); the longest name that fits is the chip.
-    names = [
-        name for name in PEAK_FLOPS if kind == name or kind.startswith((f"{name} ", f"{name}-"))
-    ]
-    exact = [name for name in names if name == kind]
-    if exact:
-        return PEAK_FLOPS[kind]
-    gpus = [name for name in names if name.startswith("NVIDIA")]
-    return PEAK_FLOPS[max(gpus, key=len)] if gpus else None
+    if kind.startswith("NVIDIA"):  # with a suffix, such as "NVIDIA A100-SXM4-80GB"
+        kind = " ".join(re.split("[ -]", kind)[:2])
+    return PEAK_FLOPS.get(kind)

@@ -11,7 +11,7 @@ from mae_jax.distributed.sharding import (
     shardings_of,
     state_sharding,
 )
-from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks import create_task
 
 
 def test_matrices_split_on_their_largest_divisible_axis_and_small_tensors_are_copied():
@@ -32,7 +32,7 @@ def test_matrices_split_on_their_largest_divisible_axis_and_small_tensors_are_co
 
 
 def test_optimizer_state_lies_as_its_parameters_do(tiny_config):
-    task = Pretrain(tiny_config, 100, None, mesh_lib.make_mesh(1, 8))
+    task = create_task(tiny_config, 100, None, mesh_lib.make_mesh(1, 8))
     split = abstract_state(task.init, task.mesh)
     shardings = shardings_of(split)
     moments = shardings.opt_state[0]

@@ -25,8 +25,7 @@ from mae_jax.models.inference import classify_function, features_function
 from mae_jax.models.patches import normalize
 from mae_jax.models.vit import sincos_position_table
 from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.tasks.finetune import Finetune
-from mae_jax.tasks.linear_probe import LinearProbe
+from mae_jax.tasks import create_task
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CLASSES = 6
@@ -66,8 +65,7 @@ def config_of(fields):
 
 
 def task_of(config):
-    kind = LinearProbe if config.task == "linear_probe" else Finetune
-    return kind(config, 10_000, CLASSES, make_mesh(devices=jax.devices()[:1]))
+    return create_task(config, 10_000, CLASSES, make_mesh(devices=jax.devices()[:1]))
 
 
 def random_state(task):
@@ -85,7 +83,7 @@ def random_state(task):
 
 def logits_in_training(task, state):
     """What the run's own evaluation computes; of a probe in numpy, with its batch norm."""
-    if isinstance(task, Finetune):
+    if not hasattr(task, "features"):
         pixels = normalize(IMAGES, task.mean, task.std)
         return np.asarray(task.model.apply({"params": state.weights}, pixels))
     x = np.asarray(task.features(state.frozen, IMAGES), np.float64)

@@ -38,6 +38,7 @@ def our_steps(weight_decay):
     kernel, bias, features, labels = problem()
     optimizer = optimizers.lars(
         optimizers.warmup_cosine(**SCHEDULE),
+        optimizers.decays,
         momentum=MOMENTUM,
         trust=TRUST,
         weight_decay=weight_decay,

@@ -51,7 +51,9 @@ def test_ten_steps_track_pytorch_losses(tmp_path):
         their_losses.append(loss.item())
 
     model = d.mae(position_params=True)
-    ours = optimizers.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
+    ours = optimizers.adamw(
+        schedule, optimizers.decays, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05
+    )
 
     @jax.jit
     def step(params, state, images, noise):

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from mae_jax import UserError
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import VARIANTS
 from mae_jax.train.optimizers import (
@@ -56,7 +57,7 @@ def test_schedule_is_the_references_at_every_step(
 
 
 def test_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warm-up takes 10 of 10 steps"):
+    with pytest.raises(UserError, match="warm-up takes 10 of 10 steps"):
         warmup_cosine(base_lr=1.0, batch_size=256, warmup_steps=10, total_steps=10)
 
 
@@ -101,7 +102,8 @@ def follow(optimizer, params, grads):
 def test_the_trust_ratio_is_one_where_a_norm_is_zero():
     params = {"zero": np.zeros((1, 2)), "kernel": np.array([[3.0, 4.0]])}
     grads = {"zero": np.array([[0.0, 2.0]]), "kernel": np.zeros((1, 2))}
-    optimizer = lars(optax.constant_schedule(0.5), momentum=0.9, trust=0.001, weight_decay=0.0)
+    schedule = optax.constant_schedule(0.5)
+    optimizer = lars(schedule, decays, momentum=0.9, trust=0.001, weight_decay=0.0)
     got = follow(optimizer, params, [grads])
     np.testing.assert_allclose(got["zero"], [[0, -1]])
     np.testing.assert_allclose(got["kernel"], params["kernel"])
