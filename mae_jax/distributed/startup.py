@@ -10,14 +10,12 @@ from jax.experimental import multihost_utils
 
 
 def initialize() -> None:
-    """Connects the processes of a multi-process run; does nothing when there is only one.
+    """Connects the processes of a run, where it has several, before anything asks for devices.
 
-    A run has several processes when `JAX_NUM_PROCESSES` says so (with `JAX_COORDINATOR_ADDRESS`
+    It has several when `JAX_NUM_PROCESSES` says so (with `JAX_COORDINATOR_ADDRESS`
     and `JAX_PROCESS_ID`; `launch/local.py` sets the three), or when Slurm, Open MPI or a TPU pod
     started it, which JAX recognises by itself. `JAX_NUM_PROCESSES=auto` asks JAX to recognise a
     cluster that sets no environment of its own, such as plain TPU VMs.
-
-    Must run before anything asks JAX for its devices.
     """
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if count.isdigit():

@@ -23,12 +23,7 @@ def create_task(
     mesh: Mesh,
     class_names: Sequence[str] | None = None,
 ) -> Task:
-    """The task that a validated config names.
-
-    Args:
-      examples: size of the training split; sets the length of epochs.
-      classes: of a labelled data set, with names where it has some.
-    """
+    """The task that a validated config names; `examples` of the split make an epoch."""
     for line in config_lib.adjustments(config, examples):
         logging.info("%s", line)
     spec = ModelSpec.from_config(config, classes or 0, class_names or ())

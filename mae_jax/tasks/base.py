@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
+from mae_jax.augment.pixels import example_keys
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
@@ -38,13 +39,11 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
 
 
 class BaseTask:
-    """Most of a `train.task.Task` on a ViT; a task adds `init`, the two steps and
-    `train_flops_per_image`.
+    """Most of a `train.task.Task` on a ViT; a task adds `init`, two steps, `train_flops_per_image`.
 
     Args:
-      examples: size of the training split; sets the length of epochs.
-      spec: of the model that is trained or probed, as it is exported.
-      encoder: of that model.
+      examples: of the training split, an epoch.
+      spec, encoder: of the model that is trained or probed, as it is exported.
     """
 
     metric_names = ("loss", "grad_norm", "lr")
@@ -122,7 +121,8 @@ class BaseTask:
         """The run's random key for one purpose."""
         return jax.random.fold_in(jax.random.key(self._seed), purpose)
 
-    def positions(self, count: int) -> jax.Array:
-        """Places 0 to `count` - 1 in the global batch, split like the batch: [count] int32."""
-        positions = jnp.arange(count, dtype=jnp.int32)
-        return jax.lax.with_sharding_constraint(positions, batch_sharding(self.mesh))
+    def keys(self, purpose: int, step: jax.Array, examples: jax.Array) -> jax.Array:
+        """A key for each of a global batch [B, ...], laid out as the batch: [B]."""
+        positions = jnp.arange(examples.shape[0], dtype=jnp.int32)
+        positions = jax.lax.with_sharding_constraint(positions, batch_sharding(self.mesh))
+        return example_keys(self.key(purpose), step, positions)

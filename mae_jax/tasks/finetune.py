@@ -79,14 +79,10 @@ class Finetune(BaseTask):
     def augmented(self, batch: dict, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What the model is trained on, a function of (seed, step, position in the global batch).
 
-        Args:
-          batch: "image" [B, H, W, C] uint8, cropped and color-augmented; "label" [B].
-
-        Returns:
-          images [B, H, W, C] float32, normalised; targets [B, classes]; keys [B] for the model.
+        Images [B, H, W, C] float32, normalised; targets [B, classes]; keys [B] for the model.
         """
         images, augment = batch["image"], self.augment
-        keys = example_keys(self.key(TRAIN), step, self.positions(images.shape[0]))
+        keys = self.keys(TRAIN, step, images)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # [B, 3]
         if self.flip:
             images = random_flip(images, keys[:, 0])

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
-from mae_jax.augment.pixels import example_keys, random_flip
+from mae_jax.augment.pixels import random_flip
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import gather_params
@@ -82,16 +82,13 @@ class LinearProbe(BaseTask):
         return pool_tokens(tokens, self.pool)
 
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        """One update on batch["image"] [B, H, W, C] uint8 (or "feature") and batch["label"] [B].
-
-        The encoder runs in `optim.accumulate` parts; batch norm and the head see the whole batch.
-        """
+        """One update: the encoder in `optim.accumulate` parts, batch norm and head on the whole."""
         if self.cached:
             x = batch["feature"]
         else:
             images = batch["image"]
-            keys = example_keys(self.key(TRAIN), state.step, self.positions(images.shape[0]))
-            images = random_flip(images, keys) if self.flip else images
+            if self.flip:
+                images = random_flip(images, self.keys(TRAIN, state.step, images))
             x = in_parts(lambda part: self.features(state.frozen, part), images, self.accumulate)
         x, statistics = self.normalise_groups(x, state.extra["statistics"])
 

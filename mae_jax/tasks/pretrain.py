@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.augment.pixels import example_keys, random_flip
+from mae_jax.augment.pixels import random_flip
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import place
 from mae_jax.distributed.sharding import gather_params, shardings_of
@@ -64,7 +64,7 @@ class Pretrain(BaseTask):
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         """One update; flips and masks depend on (seed, step, position in the global batch) only."""
         images = batch["image"]
-        keys = example_keys(self.key(TRAIN), state.step, self.positions(images.shape[0]))
+        keys = self.keys(TRAIN, state.step, images)
         flip_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # [B] each
         examples = {"image": images, "flip_key": flip_keys, "mask_key": mask_keys}
 
@@ -81,9 +81,8 @@ class Pretrain(BaseTask):
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
         """Summed loss and count; masks of a batch number are the same in every evaluation."""
         x = normalize(batch["image"], self.mean, self.std)
-        keys = example_keys(self.key(EVAL), index, self.positions(x.shape[0]))
         params = gather_params(state.weights, self.mesh, self.encoder.dtype)
-        output = self.model.apply({"params": params}, x, self.masks(keys))
+        output = self.model.apply({"params": params}, x, self.masks(self.keys(EVAL, index, x)))
         weight = batch["weight"]
         return {"loss": (output.loss * weight).sum(), "weight": weight.sum()}
 

@@ -32,7 +32,7 @@ def gradients(
     compute_dtype: jnp.dtype = jnp.float32,
     reduce_dtype: jnp.dtype = jnp.float32,
 ) -> tuple[Any, Metrics]:
-    """Mean gradients of `loss_fn` with respect to `state.params`, and mean metrics.
+    """Mean gradients by `state.params`, float32, laid out as these; mean metrics, "loss" included.
 
     Split parameters are gathered once a step. Their gradients are summed over `fsdp` as soon as
     each is known, every device keeping its slice, and over `data` once a step; the gradients of
@@ -44,25 +44,18 @@ def gradients(
       parts: how many times a device runs a share of its examples, one after the other.
       compute_dtype: in which matrices of the encoder and decoder are gathered.
       reduce_dtype: in which gradients of matrices are summed over devices.
-
-    Returns:
-      Gradients, float32, laid out as the parameters; metrics with "loss" among them.
     """
 
-    def specs(tree: Any) -> Any:
-        return jax.tree.map(lambda sharding: sharding.spec, state_sharding(tree, mesh))
+    trees = (state.params, state.frozen, state.extra)
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(trees, mesh))
+    param_specs = specs[0]
 
     def split_axis(spec: P) -> int | None:
         return spec.index("fsdp") if "fsdp" in spec else None
 
-    param_specs, frozen_specs, extra_specs = map(specs, (state.params, state.frozen, state.extra))
-
-    def gather(tree: Any, tree_specs: Any) -> Any:
-        def one(x: jax.Array, spec: P) -> jax.Array:
-            axis = split_axis(spec)
-            return x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
-
-        return jax.tree.map(one, in_compute_type(tree, compute_dtype), tree_specs)
+    def gather(x: jax.Array, spec: P) -> jax.Array:
+        axis = split_axis(spec)
+        return x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
 
     def to_sum(gradient: jax.Array) -> jax.Array:
         return gradient.astype(reduce_dtype if gradient.ndim > 1 else jnp.float32)
@@ -88,9 +81,9 @@ def gradients(
         total = jax.lax.psum(to_sum(gradient), axes).astype(jnp.float32)
         return total / (parts * mesh.size)
 
-    def on_one_device(params: Any, frozen: Any, extra: Any, batch: Any) -> tuple[Any, Metrics]:
-        whole = gather(params, param_specs)
-        frozen, extra = gather(frozen, frozen_specs), gather(extra, extra_specs)
+    def on_one_device(trees: Any, batch: Any) -> tuple[Any, Metrics]:
+        params = trees[0]
+        whole, frozen, extra = jax.tree.map(gather, in_compute_type(trees, compute_dtype), specs)
 
         def loss_of_part(params: Any, part: Any) -> tuple[jax.Array, Metrics]:
             weights = jax.tree.map(gathered, params, param_specs, whole)
@@ -117,7 +110,7 @@ def gradients(
     return jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(param_specs, frozen_specs, extra_specs, P(BATCH_AXES)),
+        in_specs=(specs, P(BATCH_AXES)),
         out_specs=(param_specs, P()),
         check_vma=False,
-    )(state.params, state.frozen, state.extra, batch)
+    )(trees, batch)

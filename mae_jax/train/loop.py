@@ -69,7 +69,7 @@ def train(
     stop_requested: Callable[[int], bool],
     on_stop: Callable[[int, TrainState], None],
 ) -> tuple[TrainState, int]:
-    """Runs steps `start_step` to `total_steps`.
+    """Steps `start_step` to `total_steps`: the state, and the steps done (fewer after a stop).
 
     Args:
       step_fn: compiled; may reuse the memory of the state it is given.
@@ -80,11 +80,8 @@ def train(
       stop_requested: asked after every step with the number of steps done; True ends the run.
       on_stop: called in that case with the state to save.
 
-    Returns:
-      The state and the number of steps done, less than `total_steps` after a stop.
-
     Raises:
-      UserError: naming the step.
+      UserError: naming the first step with a loss or gradient norm that is not finite.
     """
     previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None

@@ -19,24 +19,22 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | pathlib.Path, start_step: int):
-        self._path = None
-        self._tensorboard = None
+        self._path = self._tensorboard = None
         if jax.process_index() != 0:
             return
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        if importlib.util.find_spec("tensorflow") is not None:
-            import tensorflow as tf
-            from clu import metric_writers
-
-            for kind in ("GPU", "TPU"):  # JAX's, of which TensorFlow would take all memory
-                tf.config.set_visible_devices([], kind)
-            self._tensorboard = metric_writers.AsyncWriter(
-                metric_writers.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
-            )
-        else:
+        if importlib.util.find_spec("tensorflow") is None:
             logging.info("TensorFlow is not installed: metrics go to %s only", self._path)
+            return
+        import tensorflow as tf
+        from clu import metric_writers
+
+        for kind in ("GPU", "TPU"):  # JAX's, of which TensorFlow would take all memory
+            tf.config.set_visible_devices([], kind)
+        writer = metric_writers.SummaryWriter(str(self._path.with_name("tensorboard")))
+        self._tensorboard = metric_writers.AsyncWriter(writer)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars under slash-path names such as `train/loss`."""

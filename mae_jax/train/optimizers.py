@@ -39,10 +39,10 @@ def decays(params: optax.Params) -> optax.Params:
 def decays_in_fine_tuning(params: optax.Params) -> optax.Params:
     """As `decays`, but positions and class token are exempt too (as in BEiT's recipe)."""
 
-    def decide(path: tuple, p: jax.Array) -> bool:
-        return p.ndim > 1 and not re.search("pos_embed|cls_token", jax.tree_util.keystr(path))
-
-    return jax.tree_util.tree_map_with_path(decide, params)
+    exempt = re.compile("pos_embed|cls_token")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and not exempt.search(jax.tree_util.keystr(path)), params
+    )
 
 
 def adamw(
@@ -81,11 +81,10 @@ def hyperparameters(name: str) -> list[str]:
 def create(
     name: str, schedule: optax.Schedule, fields: Mapping[str, Any], *, mask: Mask = decays
 ) -> optax.GradientTransformation:
-    """The optimizer of that name, after clipping by the global norm where that is asked for.
+    """The optimizer of that name, after clipping by the global norm.
 
     Args:
       fields: `clip_norm` (0 clips nothing) and the optimizer's `hyperparameters` among others.
-      mask: which parameters are decayed.
     """
     own = {field: fields[field] for field in hyperparameters(name)}
     optimizer, norm = OPTIMIZERS[name](schedule, mask, **own), fields["clip_norm"]

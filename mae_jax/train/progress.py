@@ -1,6 +1,7 @@
 """What a person at a terminal sees of a run, and what a log does."""
 
 import concurrent.futures
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def with_clock(what: str, function: Callable[[], T]) -> T:
     return future.result()
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """A bar with rate and time left on a terminal, plain lines in a log."""
 
     def __init__(self, start_step: int, total_steps: int):
@@ -51,9 +52,6 @@ class Progress:
             smoothing=0.1,
             disable=not _on_terminal(),
         )
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._bar.close()

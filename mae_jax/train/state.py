@@ -26,14 +26,9 @@ class TrainState:
     extra: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     @property
-    def best_params(self) -> Any:
-        """The trained parameters to evaluate and export: the average where one is kept."""
-        return self.params if self.ema is None else self.ema
-
-    @property
     def weights(self) -> Any:
-        """The whole model's parameters to evaluate and export, frozen ones included."""
-        return merge(self.best_params, self.frozen)
+        """The whole model's parameters to evaluate and export: averages where they are kept."""
+        return merge(self.params if self.ema is None else self.ema, self.frozen)
 
     def with_weights(self, weights: Any) -> "TrainState":
         """This state with the values of `weights`, a tree as `self.weights`."""
@@ -87,8 +82,7 @@ def apply_gradients(
 ) -> TrainState:
     """One optimizer update."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    params, ema = optax.apply_updates(state.params, updates), state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
