@@ -49,13 +49,11 @@ class Finetune(BaseTask):
         self.mix_group = config_lib.mix_group(config)
         layer_decay = optimizers.scale_by_layer(depth, config.optim.layer_decay)
         self.optimizer = optax.chain(self.optimizer, layer_decay)
-        forward = flops.encoder_forward_macs(self.encoder)
+        forward = trained = flops.encoder_forward_macs(self.encoder)
         if self.trainable_blocks < depth:
             one_block = flops.stack_macs(1 + math.prod(spec.grid), spec.width, 1)
             trained = round(self.trainable_blocks * one_block)
-            self.train_flops_per_image = flops.train_flops(forward, trained)
-        else:
-            self.train_flops_per_image = flops.train_flops(forward)
+        self.train_flops_per_image = flops.train_flops(forward, trained)
 
     def is_trainable(self, path: str) -> bool:
         """Whether a parameter is trained: the last blocks and what follows them, or everything."""
@@ -114,8 +112,7 @@ class Finetune(BaseTask):
             path_scale = None
             if self.drop_path:
                 path_scale = drop_path_scale(examples["key"], self.encoder.depth, self.drop_path)
-            variables = {"params": weights}
-            logits = self.model.apply(variables, examples["image"], path_scale)  # [B, classes]
+            logits = self.model.apply({"params": weights}, examples["image"], path_scale)
             return optax.softmax_cross_entropy(logits, examples["target"]).mean(), {}
 
         examples = {"image": images, "target": targets, "key": keys}
