@@ -33,16 +33,12 @@ class Model:
     pictures of any size (paths, PIL images, uint8 arrays [H, W, C]), of which the evaluation crop
     is taken as by `mae-jax features`, upright as their EXIF orientation asks.
 
-    Attributes:
-      spec: `models.spec.ModelSpec`.
-      source: what was read, in words.
-      notes: what a user should know of the reading.
+    `spec` describes the model, `source` says what was read, `notes` what to know of it.
     """
 
     def __init__(self, path: str | os.PathLike, **overrides: Any):
         checkpoint = open_checkpoint(path, **overrides)
-        self.spec, self.source = checkpoint.spec, checkpoint.source
-        self.notes = checkpoint.notes
+        self.spec, self.source, self.notes = checkpoint.spec, checkpoint.source, checkpoint.notes
         self._params = jax.device_put(checkpoint.params())
         self._transform = EvalTransform(size=self.spec.image_size, channels=self.spec.channels)
 
@@ -62,8 +58,7 @@ class Model:
     def encode(self, images: Pictures) -> Arrays:
         """Features of whole pictures, float32, as `mae-jax features` writes them.
 
-        Returns:
-          "cls" [B, D], "mean" [B, D] over patches, "tokens" [B, 1 + L, D].
+        They are "cls" [B, D], "mean" [B, D] over patches, and "tokens" [B, 1 + L, D].
         """
         return self._run(self._features, self.pixels(images))
 
@@ -74,26 +69,17 @@ class Model:
           "pixels" [B, H, W, C] uint8, removed patches as predicted, the others as they are; "mask"
           [B, L], 1 = removed; "loss" [B] float32 over the removed patches. No "pixels" where the
           decoder predicts something that has no way back to them.
-
-        Raises:
-          UserError: no decoder, or a ratio that hides nothing or everything.
         """
         patches = self.spec.grid[0] * self.spec.grid[1]
         if not (0 < mask_ratio < 1 and 0 < num_kept(patches, mask_ratio) < patches):
-            raise UserError(
-                f"mask_ratio={mask_ratio:g}: of {patches} patches at least one must stay and one go"
-            )
+            raise UserError(f"{mask_ratio=:g}: of {patches} patches one must stay and one go")
         function = self._reconstruct(mask_ratio)
         pixels = self.pixels(images)
         keys = jax.random.split(jax.random.key(seed), len(pixels))
         return self._run(function, pixels, keys)
 
     def classify(self, images: Pictures) -> np.ndarray:
-        """Probabilities [B, K] float32 of the classes, those that `mae-jax evaluate` scores.
-
-        Raises:
-          UserError: there is no head.
-        """
+        """Probabilities [B, K] float32 of the classes, those that `mae-jax evaluate` scores."""
         return self._run(self._classify, self.pixels(images))["probabilities"]
 
     def pixels(self, images: Pictures) -> np.ndarray:
@@ -102,10 +88,8 @@ class Model:
         if hasattr(images, "ndim"):
             images = np.asarray(images)
             if images.dtype != np.uint8 or images.ndim != 4:
-                raise UserError(
-                    f"images are {images.dtype} {list(images.shape)}: give uint8 [B, H, W, C], or "
-                    "a list of pictures"
-                )
+                shape = f"{images.dtype} {list(images.shape)}"
+                raise UserError(f"images: {shape}; give uint8 [B, H, W, C] or a list of pictures")
             if images.shape[1:] == size:
                 return images
         elif isinstance(images, (str, os.PathLike, Image.Image)):
@@ -118,8 +102,7 @@ class Model:
             if isinstance(picture, (str, os.PathLike)):
                 path = pathlib.Path(picture).expanduser().absolute()
                 return self._transform.image(PictureFiles(path.parent, [path.name])[0])
-            record = Record(picture, -1, f"images[{number}]", upright=True)
-            return self._transform.image(record)
+            return self._transform.image(Record(picture, -1, f"images[{number}]", upright=True))
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(pool.map(prepare, enumerate(images))))
@@ -152,7 +135,4 @@ class Model:
             places = np.arange(start, start + size) % count  # the last batch is filled up
             batch = [x[places] for x in rows]
             results.append(jax.device_get(function(self._params, *batch)))
-        return {
-            name: np.concatenate([result[name] for result in results])[:count]
-            for name in results[0]
-        }
+        return {k: np.concatenate([r[k] for r in results])[:count] for k in results[0]}

@@ -10,8 +10,7 @@ def resize_positions(
 ) -> np.ndarray:
     """Interpolates a position table [1, 1 + L, D] to another grid; the class row stays.
 
-    Bicubic as PyTorch computes it (a = -0.75, no antialias), which is what the official
-    fine-tuning does.
+    Bicubic as PyTorch computes it (a = -0.75, no antialias): what the official fine-tuning does.
     """
     if old_grid == new_grid:
         return table
@@ -32,10 +31,9 @@ def resize_patches(kernel: np.ndarray, patch_size: int) -> np.ndarray:
     old = kernel.shape[-1]
     if old == patch_size:
         return kernel
-    basis = jnp.eye(old * old, dtype=jnp.float32).reshape(old * old, old, old)
-    resized = jax.image.resize(
-        basis, (old * old, patch_size, patch_size), "cubic-pytorch", antialias=True
-    )
+    basis = jnp.eye(old * old, dtype=jnp.float32).reshape(-1, old, old)
+    shape = (old * old, patch_size, patch_size)
+    resized = jax.image.resize(basis, shape, "cubic-pytorch", antialias=True)
     resize = np.asarray(resized, np.float64).reshape(old * old, -1).T  # [p*p, q*q]
     flat = kernel.reshape(*kernel.shape[:2], -1).astype(np.float64)  # [D, C, q*q]
     fitted = flat @ np.linalg.pinv(resize)  # [D, C, p*p]

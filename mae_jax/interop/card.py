@@ -25,8 +25,7 @@ def write_card(
     """Writes a README.md.
 
     Args:
-      facts: what is known of the training, in the order to be shown, such as
-        {"data": "imagenet2012", "steps": 250000}. `licence` replaces the general paragraph.
+      facts: of the training, in the order to be shown; `licence` replaces the general paragraph.
       form: in what form the folder holds the model, part of a sentence.
       load: Python lines.
     """
@@ -43,9 +42,8 @@ def write_card(
     }
     if spec.decoder_depth:
         heads = spec.decoder_heads or "an unknown number of"
-        described["decoder"] = (
-            f"{spec.decoder_depth} blocks of width {spec.decoder_width}, {heads} heads"
-        )
+        shape = f"{spec.decoder_depth} blocks of width {spec.decoder_width}"
+        described["decoder"] = f"{shape}, {heads} heads"
     if spec.target:
         described["reconstruction target"] = spec.target
     if spec.mask_ratio:

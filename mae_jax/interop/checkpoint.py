@@ -45,8 +45,8 @@ class Checkpoint:
     tensors: dict[str, np.ndarray]
     spec: ModelSpec
     source: str
-    notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...]
+    facts: dict[str, Any]
 
     def params(self, *, decoder: bool = True) -> Params:
         """Our parameter tree, position tables in it, with or without the decoder."""
@@ -73,7 +73,7 @@ def open_checkpoint(
         `target`, `mean`, `std` ...).
 
     Raises:
-      UserError: not there, not weights of a ViT or MAE, damaged, hostile, or with NaN in them.
+      UserError: no weights of a ViT or MAE, damaged, hostile, or with NaN in them.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists():
@@ -82,7 +82,7 @@ def open_checkpoint(
         spec = ModelSpec.from_json((path / DESCRIPTION_FILE).read_text())
         spec = _complete(spec, overrides, path)
         tensors = to_official(read_params(path / ORBAX_FOLDER), spec)
-        return _checked(tensors, spec, f"Orbax export {path}")
+        return _checked(tensors, spec, f"Orbax export {path}", [], {})
     if (path / "checkpoints").is_dir():
         params, spec, facts, notes = read_workdir(path)
         spec = _complete(spec, overrides, path)
@@ -136,103 +136,98 @@ def _from_tensors(
             raise UserError(f"{path}: {error}") from error
     if METADATA_KEY in metadata:
         spec = ModelSpec.from_json(metadata[METADATA_KEY])
-        stated = dataclasses.asdict(_complete(spec, overrides, path))
-        kind = "own"
-    elif hugging_face:
-        fields, more = _hugging_face_fields(path.parent, has_head="head.weight" in tensors)
-        stated, kind = fields | overrides, "Hugging Face"
-        notes += more
+        kind, stated = "own", dataclasses.asdict(_complete(spec, overrides, path))
     else:
-        fields = _timm_fields(path.parent, has_head="head.weight" in tensors)
-        stated, kind = fields | overrides, "timm" if fields else "official MAE or timm"
+        config = path.parent / "config.json"
+        if hugging_face:
+            kind, fields = "Hugging Face", _hugging_face_fields(config, notes)
+        else:
+            fields = _timm_fields(config)
+            kind = "timm" if fields else "official MAE or timm"
+        labels = fields.pop("class_names", None)
+        if labels and "head.weight" in tensors:
+            if isinstance(labels, dict):
+                labels = [labels[i] for i in sorted(labels, key=int)]
+            fields["class_names"] = informative(labels)
+        if "head.weight" not in tensors:
+            fields.pop("pool", None)
+        stated = fields | overrides
     spec = infer_spec(tensors, str(path), fallback, **stated)
-    return _checked(tensors, spec, f"{kind} weights {path}", notes)
+    return _checked(tensors, spec, f"{kind} weights {path}", notes, {})
 
 
 def _checked(
     tensors: Tensors,
     spec: ModelSpec,
     source: str,
-    notes: list[str] | None = None,
-    facts: dict[str, Any] | None = None,
+    notes: list[str],
+    facts: dict[str, Any],
 ) -> Checkpoint:
     """A checkpoint with every tensor there, none besides, each of its shape and finite."""
     expected = official_shapes(spec)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise UserError(f"{source}: {_some(missing)} missing; this is not a whole model")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise UserError(
-            f"{source}: {_some(extra)} unexpected; this is a checkpoint of another model"
-        )
+        raise UserError(f"{source}: {_some(extra)} unexpected; the weights of another model")
     whole = {}
     for name, shape in expected.items():
         x = tensors[name]
         if x.shape != shape:
             raise UserError(
-                f"{source}: {name} is {x.shape}, a model of width {spec.width} and "
-                f"MLP ratio {MLP_RATIO} has {shape}; this is a checkpoint of another model"
+                f"{source}: {name} is {x.shape}, not {shape} as in a model of width {spec.width} "
+                f"and MLP ratio {MLP_RATIO}; the weights of another model"
             )
         if not np.issubdtype(x.dtype, np.floating) and x.dtype != ml_dtypes.bfloat16:
             raise UserError(f"{source}: {name} holds {x.dtype}, not floating-point numbers")
         whole[name] = np.asarray(x, np.float32)
         if bad := x.size - int(np.isfinite(whole[name]).sum()):
             raise UserError(
-                f"{source}: {name} has {bad} NaN or infinite value(s) of {x.size}; these weights "
-                "are broken, take an earlier checkpoint"
+                f"{source}: {name} has {bad} NaN or infinite value(s); take an earlier checkpoint"
             )
-    return Checkpoint(whole, spec, source, tuple(notes or ()), facts or {})
+    return Checkpoint(whole, spec, source, tuple(notes), facts)
 
 
-def _hugging_face_fields(
-    folder: pathlib.Path, *, has_head: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """What config.json and preprocessor_config.json tell, and notes on it."""
-    where = folder / "config.json"
+def _hugging_face_fields(where: pathlib.Path, notes: list[str]) -> dict[str, Any]:
+    """What config.json and the preprocessor_config.json beside it tell; adds to `notes`."""
     if not where.is_file():
-        return {}, ["no config.json beside the weights: image size and heads by convention"]
+        notes.append("no config.json beside the weights: image size and heads by convention")
+        return {}
     config = read_json(where)
     if config.get("model_type") not in ("vit_mae", "vit"):
         raise UserError(f"{where}: model_type {config.get('model_type')!r} is not vit_mae or vit")
     for field, needed in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(field, needed) != needed:
             raise UserError(f"{where}: {field} {config[field]!r}; models here have {needed!r}")
-    notes = []
     eps = config.get("layer_norm_eps", _HF_DEFAULT_EPS)
     if eps == _HF_DEFAULT_EPS:
         notes.append(
-            f"config.json says layer_norm_eps {eps:g}; computed with {LAYER_NORM_EPS:g}, which "
-            "MAE models are trained with"
+            f"config.json says layer_norm_eps {eps:g}; computed with MAE's {LAYER_NORM_EPS:g}"
         )
     elif eps != LAYER_NORM_EPS:
         raise UserError(f"{where}: layer_norm_eps {eps:g}; models here have {LAYER_NORM_EPS:g}")
-    fields: dict[str, Any] = {}
+    size = config.get("image_size", 224)
+    fields: dict[str, Any] = {"class_names": config.get("id2label")}
+    fields["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
     if "num_attention_heads" in config:
         fields["heads"] = config["num_attention_heads"]
-    size = config.get("image_size", 224)
-    fields["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
     if config["model_type"] == "vit_mae":
         fields["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
         fields["target"] = "norm_pixel" if config.get("norm_pix_loss", False) else "pixel"
         fields["mask_ratio"] = config.get("mask_ratio", 0.75)
-    if has_head and (labels := config.get("id2label")):
-        fields["class_names"] = informative([labels[i] for i in sorted(labels, key=int)])
-    processor_file = folder / "preprocessor_config.json"
-    if processor_file.is_file():
-        processor = read_json(processor_file)
-        if processor.get("image_mean") and processor.get("image_std"):
-            fields["mean"] = tuple(processor["image_mean"])
-            fields["std"] = tuple(processor["image_std"])
-    return fields, notes
+    beside = where.with_name("preprocessor_config.json")
+    processor = read_json(beside) if beside.is_file() else {}
+    if (mean := processor.get("image_mean")) and (std := processor.get("image_std")):
+        fields |= {"mean": tuple(mean), "std": tuple(std)}
+    return fields
 
 
-def _timm_fields(folder: pathlib.Path, *, has_head: bool) -> dict[str, Any]:
+def _timm_fields(where: pathlib.Path) -> dict[str, Any]:
     """What timm's config.json tells; nothing where there is none."""
-    where = folder / "config.json"
     config = read_json(where) if where.is_file() else {}
     if "architecture" not in config:
         return {}
     cfg, args = config.get("pretrained_cfg", config), config.get("model_args", {})
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"class_names": config.get("label_names", cfg.get("label_names"))}
     if "input_size" in cfg:
         fields["image_size"] = tuple(cfg["input_size"][1:])
     if "num_heads" in args:
@@ -240,14 +235,10 @@ def _timm_fields(folder: pathlib.Path, *, has_head: bool) -> dict[str, Any]:
     pooling = args.get("global_pool", config.get("global_pool"))
     mean_pool = "mean" if args.get("fc_norm") in (None, True) else "normed_mean"
     pools = {"avg": mean_pool, "token": "cls"}
-    if has_head and pooling in pools:  # stated, so that it must agree with the tensors
+    if pooling in pools:  # stated, so that it must agree with the tensors
         fields["pool"] = pools[pooling]
-    labels = config.get("label_names", cfg.get("label_names"))
-    if has_head and labels:
-        names = [labels[i] for i in sorted(labels, key=int)] if isinstance(labels, dict) else labels
-        fields["class_names"] = informative(names)
     if "mean" in cfg and "std" in cfg:
-        fields["mean"], fields["std"] = tuple(cfg["mean"]), tuple(cfg["std"])
+        fields |= {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
     return fields
 
 

@@ -9,20 +9,14 @@ from mae_jax import UserError
 def require_same_classes(
     model: Sequence[str] | None, data: Sequence[str] | None, where: str
 ) -> str:
-    """Compares two lists of class names of equal length, in their order.
+    """Refuses class names that differ or come in another order; the lists are of equal length.
 
     Case and the difference of spaces, hyphens and underscores do not count. Names that only number
     the classes (`LABEL_3`) say nothing. WordNet ids on one side alone (TFDS calls ImageNet's
     classes n01440764, others call them tench) cannot be compared.
 
-    Args:
-      where: names the data in messages.
-
     Returns:
       a note where there was nothing to compare, else an empty string.
-
-    Raises:
-      UserError: the classes differ, or come in another order.
     """
     model, data = informative(model), informative(data)
     if not model or not data:
@@ -35,11 +29,9 @@ def require_same_classes(
     if not differing:
         return ""
     first = differing[0]
-    how = (
-        "the same classes in another order"
-        if sorted(spelled[0]) == sorted(spelled[1])
-        else (f"{len(differing)} of {len(model)} classes differ")
-    )
+    how = f"{len(differing)} of {len(model)} classes differ"
+    if sorted(spelled[0]) == sorted(spelled[1]):
+        how = "the same classes in another order"
     raise UserError(
         f"{where} has other classes than the weights: {how}; number {first} is {data[first]!r} in "
         f"the data and {model[first]!r} in the weights. Take the data the weights were trained for "

@@ -1,10 +1,9 @@
 """Weights for the rest of the world: timm, official MAE, Hugging Face, Orbax.
 
-Every function writes a folder with a model card (README.md) and checks first that the format can
-hold the model.
+Every function writes a folder with a model card (README.md), checks first that the format can hold
+the model (UserError), and returns the path of the weights. For `facts` see `card.write_card`.
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from mae_jax.interop.weights import Params, to_official
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from mae_jax.storage.checkpoints import save_params
-from mae_jax.storage.files import write_atomically
+from mae_jax.storage.files import write_atomically, write_json
 
 ENCODER_FILE = "encoder.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -34,21 +33,13 @@ def export_encoder(
 ) -> pathlib.Path:
     """Writes the encoder, or the classifier where there is a head, as timm names it.
 
-    The folder holds `encoder.safetensors` (or `classifier.safetensors`), a `config.json` with
-    which timm builds the model at its own image size, patch size and channels, and the card.
-
-    Args:
-      params: host arrays; a decoder is left out.
-      facts: see `card.write_card`.
-
-    Returns:
-      the path of the weights.
+    A decoder is left out; from `config.json` timm builds the model at its own image size.
     """
     directory, spec = pathlib.Path(directory), spec.without_decoder()
     path = directory / (CLASSIFIER_FILE if spec.classes else ENCODER_FILE)
     tensors = to_official(params, spec, include_decoder=False)
     save_safetensors(path, tensors, spec.to_metadata())
-    _write_json(directory / "config.json", timm_config(spec))
+    write_json(directory / "config.json", timm_config(spec))
     form = f"under the tensor names of timm and of the official MAE code ({path.name})"
     load = (
         'import timm\n\nmodel = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
@@ -60,16 +51,12 @@ def export_encoder(
 def export_official(
     params: Params, directory: str | pathlib.Path, spec: ModelSpec, facts: Mapping[str, Any]
 ) -> pathlib.Path:
-    """Writes everything, decoder included, under the names of the official MAE code.
-
-    Raises:
-      UserError: that code has no model of this kind.
-    """
+    """Writes everything, decoder included, under the names of the official MAE code."""
     _require_pixels(spec)
     if spec.pool == "normed_mean":
         raise UserError(
-            "a head on the mean of normed tokens (a linear probe with head.pool=mean) has no place "
-            "in the official code. Export it with --format=timm"
+            "the official code has no head on the mean of normed tokens (a linear probe with "
+            "head.pool=mean). Export it with --format=timm"
         )
     path = pathlib.Path(directory) / OFFICIAL_FILE
     save_safetensors(path, to_official(params, spec), spec.to_metadata())
@@ -92,15 +79,12 @@ def export_hugging_face(
 
     Encoder and decoder become ViTMAEForPreTraining, an encoder alone ViTMAEModel, a classifier on
     the class token ViTForImageClassification.
-
-    Raises:
-      UserError: transformers has no model of this kind.
     """
     config = hugging_face_config(spec)
     directory = pathlib.Path(directory)
     path = directory / HF_FILE
     save_safetensors(path, to_hugging_face(to_official(params, spec)), spec.to_metadata())
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -112,7 +96,7 @@ def export_hugging_face(
         "image_mean": spec.mean,
         "image_std": spec.std,
     }
-    _write_json(directory / "preprocessor_config.json", processor)
+    write_json(directory / "preprocessor_config.json", processor)
     name = config["architectures"][0]
     form = f"for Hugging Face transformers 4 and 5 as {name}"
     load = f"from transformers import {name}\n\n"
@@ -174,19 +158,14 @@ def timm_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
-    """`config.json` of the transformers model that can hold this one.
-
-    Raises:
-      UserError: there is none, and why.
-    """
+    """`config.json` of the transformers model that can hold this one."""
     _require_pixels(spec)
     if spec.decoder_depth:
         spec.mae()  # its heads and target are to be written down: they must be known
     if spec.summary == "mean":
         raise UserError(
-            "a classifier on the mean patch token has no place in transformers: its "
-            "ViTForImageClassification reads the class token after the final norm. Export it "
-            "with --format=timm"
+            "transformers has no classifier on the mean patch token: its ViTForImageClassification "
+            "reads the class token after the final norm. Export with --format=timm"
         )
     height, width = spec.image_size
     if height != width and not spec.classes:
@@ -211,14 +190,12 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
     }
     if spec.classes:
         names = spec.class_names or [f"LABEL_{i}" for i in range(spec.classes)]
-        labels = dict(enumerate(names))
-        return {
-            "architectures": ["ViTForImageClassification"],
-            "model_type": "vit",
-            **config,
-            "id2label": labels,
-            "label2id": {name: i for i, name in labels.items()},
+        kind = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
+        labels = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {x: i for i, x in enumerate(names)},
         }
+        return {**kind, **config, **labels}
     config |= {"mask_ratio": spec.mask_ratio or 0.75, "norm_pix_loss": spec.target == "norm_pixel"}
     if spec.decoder_depth:
         config |= {
@@ -237,7 +214,3 @@ def _require_pixels(spec: ModelSpec) -> None:
             f"a decoder that predicts {spec.target} has no place in other programs. Export it with "
             "--format=orbax, or the encoder alone with --format=timm"
         )
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -23,11 +23,7 @@ def infer_spec(
     Args:
       fallback: a model whose heads, image shape and statistics are taken where nothing else tells
         them: the one the weights are loaded into.
-      stated: fields that the file's config tells, or its user; they are believed, and a tensor of
-        another shape is an error.
-
-    Raises:
-      UserError: `where` is not a ViT or MAE of ours, or something cannot be known.
+      stated: fields that the file's config or its user tells; other tensors are an error.
     """
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         if name not in tensors:
@@ -38,39 +34,29 @@ def infer_spec(
     if len(kernel) != 4 or kernel[2] != kernel[3]:
         raise UserError(f"{where}: patch_embed.proj.weight is {kernel}, not [D, C, p, p]")
     width, channels, patch_size, _ = kernel
-    found: dict[str, object] = {
-        "patch_size": patch_size,
-        "channels": channels,
-        "width": width,
-        "depth": _depth(tensors, "blocks"),
-    }
+    found: dict[str, object] = {"patch_size": patch_size, "channels": channels, "width": width}
+    found["depth"] = _depth(tensors, "blocks")
     if "mask_token" in tensors:
         found["decoder_width"] = tensors["mask_token"].shape[-1]
         found["decoder_depth"] = _depth(tensors, "decoder_blocks")
     if "head.weight" in tensors:
         found["classes"] = tensors["head.weight"].shape[0]
         pools = ("mean",) if "fc_norm.weight" in tensors else ("cls", "normed_mean")
-        stated_pool = stated.get("pool")
-        found["pool"] = stated_pool if stated_pool in pools else pools[0]
+        found["pool"] = stated["pool"] if stated.get("pool") in pools else pools[0]
     for field, value in found.items():
         if stated.get(field, value) != value:
             raise UserError(
-                f"{where}: {field} is {value} in the tensors and {stated[field]} in what is said "
-                "of them"
+                f"{where}: {field} is {value} in the tensors and {stated[field]} as stated"
             )
     fields = {**found, **stated}
     patches = tensors["pos_embed"].shape[1] - 1
     if "image_size" not in fields:
         fields["image_size"] = _image_size(patches, patch_size, where, fallback)
     if "heads" not in fields:
-        fields["heads"] = _HEADS.get(width)
-        if fields["heads"] is None and fallback and fallback.width == width:
-            fields["heads"] = fallback.heads
-        if fields["heads"] is None:
-            raise UserError(
-                f"{where}: the number of attention heads cannot be read off tensors of width "
-                f"{width}; give heads"
-            )
+        default = fallback.heads if fallback and fallback.width == width else 0
+        fields["heads"] = _HEADS.get(width, default)
+        if not fields["heads"]:
+            raise UserError(f"{where}: tensors of width {width} do not tell the heads; give heads")
     if decoder_width := found.get("decoder_width"):
         same = fallback and fallback.decoder_width == decoder_width
         default = fallback.decoder_heads if same else 0
@@ -83,14 +69,13 @@ def infer_spec(
             fields |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
         else:
             raise UserError(
-                f"{where}: {channels} input channel(s), and the file does not say how they are "
-                "normalised; give mean and std, one value per channel"
+                f"{where}: does not say how its {channels} input channel(s) are normalised; give "
+                "mean and std, one value per channel"
             )
     spec = ModelSpec(**fields)
     if patches != spec.grid[0] * spec.grid[1]:
         raise UserError(
-            f"{where}: pos_embed has {patches} patches, an image of {spec.image_size} in "
-            f"patches of {spec.patch_size} has {spec.grid}"
+            f"{where}: pos_embed has {patches} patches, images of {spec.image_size} {spec.grid}"
         )
     return spec
 
@@ -103,10 +88,7 @@ def _image_size(
         return side * patch_size, side * patch_size
     if fallback and fallback.grid[0] * fallback.grid[1] == patches:
         return fallback.grid[0] * patch_size, fallback.grid[1] * patch_size
-    raise UserError(
-        f"{where}: {patches} patches are not a square and the file does not say how they lie; give "
-        "image_size as height,width"
-    )
+    raise UserError(f"{where}: {patches} patches are no square; give image_size as height,width")
 
 
 def _depth(tensors: Tensors, stack: str) -> int:

@@ -23,11 +23,11 @@ class LoadReport:
     """What became of a checkpoint; `str(report)` says it in words."""
 
     source: str
-    matched: int = 0
-    adapted: list[str] = dataclasses.field(default_factory=list)
-    fresh: list[str] = dataclasses.field(default_factory=list)
-    left_out: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str]
+    adapted: list[str]
+    matched: int
+    fresh: list[str]
+    left_out: list[str]
 
     def __str__(self) -> str:
         lines = [f"loaded {self.matched} tensors from {self.source}"]
@@ -57,23 +57,18 @@ def load_into(
     Args:
       params: of the model about to run: `encoder` with or without `decoder`, `fc_norm`, `head`, its
         position tables among them.
-      path: see `open_checkpoint`.
-      model: describes that model. Where the checkpoint does not tell its heads, image shape or
-        statistics, they are taken to be the model's.
+      path, overrides: see `open_checkpoint`.
+      model: describes that model, and the checkpoint where that does not tell.
       parts: "encoder" leaves the decoder at its initial values.
-      overrides: see `open_checkpoint`.
 
     Returns:
       the new tree, of numpy arrays where values came from the file.
-
-    Raises:
-      UserError: the checkpoint is of another model, or would hurt in silence.
     """
     if parts not in PARTS:
         raise UserError(f"parts {parts!r}: choose one of {', '.join(PARTS)}")
     checkpoint = open_checkpoint(path, fallback=model, **overrides)
     theirs, source = checkpoint.spec, checkpoint.source
-    report = LoadReport(source, notes=list(checkpoint.notes))
+    notes = list(checkpoint.notes)
     flat = flatten_dict(params, sep="/")
     wanted = {official_name(path): path for path in flat}
     if "pos_embed" not in wanted:
@@ -82,8 +77,7 @@ def load_into(
     if "norm.weight" in wanted and "norm.weight" not in checkpoint.tensors:
         raise UserError(
             f"{source}: fine-tuned on the mean token, so it has no final norm, which this model "
-            "needs; its features without one would be meaningless. Use the pretrained weights it "
-            "came from, or a model with mean pooling"
+            "needs. Use the pretrained weights it came from, or a model with mean pooling"
         )
     use_decoder = parts == "all" and "mask_token" in wanted and theirs.decoder_depth > 0
     if use_decoder:
@@ -94,7 +88,7 @@ def load_into(
             note = require_same_classes(theirs.class_names, model.class_names, "the data")
         except UserError as error:
             use_head, note = False, f"the head is not used: {error}"
-        report.notes += [note] if note else []
+        notes += [note] if note else []
 
     def usable(name: str) -> bool:
         if is_decoder(name):
@@ -102,10 +96,17 @@ def load_into(
         return use_head or not name.startswith(("head.", "fc_norm."))
 
     chosen = {name: x for name, x in checkpoint.tensors.items() if name in wanted and usable(name)}
-    _adapt(chosen, theirs, model, report)
-    report.matched = len(chosen)
-    report.fresh = sorted(wanted.keys() - chosen.keys())
-    report.left_out = sorted(checkpoint.tensors.keys() - chosen.keys())
+    adapted = _adapt(chosen, theirs, model)
+    if theirs.channels == model.channels and not np.allclose(
+        [theirs.mean, theirs.std], [model.mean, model.std]
+    ):
+        notes.append(
+            f"the file's input statistics are mean {theirs.mean}, std {theirs.std}; this model "
+            f"is fed with mean {model.mean}, std {model.std}"
+        )
+    fresh = sorted(wanted.keys() - chosen.keys())
+    left_out = sorted(checkpoint.tensors.keys() - chosen.keys())
+    report = LoadReport(source, notes, adapted, len(chosen), fresh, left_out)
     loaded = flatten_dict(from_official(chosen), sep="/")
     for path, x in loaded.items():
         if x.shape != flat[path].shape:
@@ -114,13 +115,14 @@ def load_into(
 
 
 def _require_same_encoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
-    for field in ("width", "depth", "heads"):
-        if getattr(theirs, field) != getattr(model, field):
-            raise UserError(
-                f"{source} holds an encoder of {theirs.depth} blocks, width {theirs.width}, "
-                f"{theirs.heads} heads; the model has {model.depth} blocks, width {model.width}, "
-                f"{model.heads} heads. Set model.variant (or model.{field}) to match"
-            )
+    def words(spec: ModelSpec) -> str:
+        return f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads"
+
+    if words(theirs) != words(model):
+        raise UserError(
+            f"{source} holds an encoder of {words(theirs)}; the model has {words(model)}. Set "
+            "model.variant (or model.width, model.depth, model.heads) to match"
+        )
 
 
 def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
@@ -139,34 +141,21 @@ def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> N
         )
 
 
-def _adapt(
-    tensors: dict[str, np.ndarray], theirs: ModelSpec, model: ModelSpec, report: LoadReport
-) -> None:
-    """Changes what depends on the input's shape, in place."""
-    kernel = "patch_embed.proj.weight"
-    if theirs.channels != model.channels:
-        tensors[kernel] = change_channels(tensors[kernel], model.channels)
-        report.adapted.append(
-            f"patch embedding: {theirs.channels} to {model.channels} input channel(s)"
-        )
-    elif not np.allclose([theirs.mean, theirs.std], [model.mean, model.std]):
-        report.notes.append(
-            f"the file's input statistics are mean {theirs.mean}, std {theirs.std}; this model "
-            f"is fed with mean {model.mean}, std {model.std}"
-        )
-    if theirs.patch_size != model.patch_size:
-        tensors[kernel] = resize_patches(tensors[kernel], model.patch_size)
-        report.adapted.append(
-            f"patch embedding: patch size {theirs.patch_size} to {model.patch_size} "
-            "(pseudo-inverse resize)"
-        )
-    if theirs.grid != model.grid:
+def _adapt(tensors: dict[str, np.ndarray], theirs: ModelSpec, model: ModelSpec) -> list[str]:
+    """Changes what depends on the input's shape, in place; tells what, in words."""
+    kernel, told = "patch_embed.proj.weight", []
+    if (old := theirs.channels) != (new := model.channels):
+        tensors[kernel] = change_channels(tensors[kernel], new)
+        told.append(f"patch embedding: {old} to {new} input channel(s)")
+    if (old := theirs.patch_size) != (new := model.patch_size):
+        tensors[kernel] = resize_patches(tensors[kernel], new)
+        told.append(f"patch embedding: patch size {old} to {new} (pseudo-inverse resize)")
+    if (old := theirs.grid) != (new := model.grid):
         for table in {"pos_embed", "decoder_pos_embed"} & tensors.keys():
-            tensors[table] = resize_positions(tensors[table], theirs.grid, model.grid)
-        report.adapted.append(
-            f"position tables: interpolated (bicubic) from {theirs.grid[0]} x {theirs.grid[1]} to "
-            f"{model.grid[0]} x {model.grid[1]} patches"
-        )
+            tensors[table] = resize_positions(tensors[table], old, new)
+        grids = f"{old[0]} x {old[1]} to {new[0]} x {new[1]}"
+        told.append(f"position tables: interpolated (bicubic) from {grids} patches")
+    return told
 
 
 def _parts(names: list[str]) -> str:

@@ -103,9 +103,8 @@ def is_hugging_face(names: Iterable[str]) -> bool:
 def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
     """Hugging Face names -> official names; query, key and value become one tensor.
 
-    Takes the hub's names, those of transformers 5, the misspelled decoder of its
-    `save_pretrained`, and files of a bare ViTMAEModel or ViTModel (no `vit.`). Names that are none
-    of these are kept as they are, for the caller to refuse.
+    Takes files of a bare ViTMAEModel or ViTModel (no `vit.`) too. Unknown names are kept as they
+    are, for the caller to refuse.
     """
     official: dict[str, np.ndarray] = {}
     split: dict[str, dict[str, np.ndarray]] = {}  # fused name -> q, k, v
@@ -120,13 +119,9 @@ def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
             else:
                 official[f"{block}.{part}.{leaf}"] = tensor
             continue
-        stem, _, leaf = name.rpartition(".")
-        if name in _HF_TOP:
-            official[_HF_TOP[name]] = tensor
-        elif stem in _HF_TOP:
-            official[f"{_HF_TOP[stem]}.{leaf}"] = tensor
-        else:
-            official[original] = tensor
+        stem = name if name in _HF_TOP else name.rpartition(".")[0]
+        known = stem in _HF_TOP
+        official[_HF_TOP[stem] + name.removeprefix(stem) if known else original] = tensor
     for name, parts in split.items():
         if absent := sorted({"q", "k", "v"} - parts.keys()):
             raise ValueError(f"{name}: the file lacks the {', '.join(absent)} part of this tensor")
@@ -149,9 +144,7 @@ def to_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
                     renamed[f"{block}.{parts[letter]}.{leaf}"] = rows
             else:
                 renamed[f"{block}.{parts[part]}.{leaf}"] = tensor
-        elif name in top:
-            renamed[top[name]] = tensor
         else:
-            stem, _, leaf = name.rpartition(".")
-            renamed[f"{top[stem]}.{leaf}"] = tensor
+            stem = name if name in top else name.rpartition(".")[0]
+            renamed[top[stem] + name.removeprefix(stem)] = tensor
     return renamed

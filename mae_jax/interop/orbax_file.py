@@ -18,16 +18,11 @@ from mae_jax.storage.files import read_json_lines
 _PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
-def read_workdir(
-    workdir: pathlib.Path,
-) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
+def read_workdir(workdir: pathlib.Path) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
     """The newest whole checkpoint of a run: parameters, description, facts for a card, notes.
 
     The parameters are the moving average where the run keeps one, with those that were frozen. The
     batch norm of a linear probe is absorbed into its head.
-
-    Raises:
-      UserError: no checkpoint is whole.
     """
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
@@ -50,10 +45,10 @@ def read_workdir(
         "made with": f"mae_jax {record['version']}",
         **_last_metrics(workdir / "metrics.jsonl"),
     }
+    if "model" in record:
+        return params, ModelSpec.from_json(record["model"]), facts, notes
     classes = params["head"]["bias"].shape[0] if "head" in params else 0
-    spec = ModelSpec.from_config(config, classes)  # of runs of version 0.1
-    spec = ModelSpec.from_json(record["model"]) if "model" in record else spec
-    return params, spec, facts, notes
+    return params, ModelSpec.from_config(config, classes), facts, notes  # of version 0.1
 
 
 def _last_metrics(path: pathlib.Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 
 from mae_jax import UserError
 from mae_jax.interop.card import write_card
@@ -72,13 +71,9 @@ def export_stablehlo(
 ) -> pathlib.Path:
     """Writes the model with its weights and its input normalisation as one function.
 
-    uint8 images [b, H, W, C] of any batch size b -> what `inference.features_function` gives:
-    {"cls": [b, D], "mean": [b, D], "tokens": [b, 1 + L, D]} float32, of classifiers also "logits";
-    on CPU, CUDA, ROCm and TPU. Beside the file lie a loader that needs jax and numpy alone (it
-    brings the reader for the format of `jax.export`, 30 kB) and a model card.
-
-    Raises:
-      UserError: the weights are too large for the format.
+    uint8 images [b, H, W, C] of any batch size b -> what `inference.features_function` gives.
+    Beside the file lie a loader that needs jax and numpy alone (it brings the reader for the format
+    of `jax.export`, 30 kB) and a model card.
     """
     spec = checkpoint.spec
     params = checkpoint.params(decoder=False)
@@ -91,10 +86,8 @@ def export_stablehlo(
     features = features_function(spec)
     (b,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *spec.image_size, spec.channels), jnp.uint8)
-    constants = jax.tree.map(np.asarray, params)
-    exported = jax.export.export(
-        jax.jit(lambda images: features(constants, images)), platforms=PLATFORMS
-    )(images)
+    function = jax.jit(lambda images: features(params, images))
+    exported = jax.export.export(function, platforms=PLATFORMS)(images)
 
     directory = pathlib.Path(directory)
     path = directory / FILE
@@ -112,19 +105,14 @@ def export_stablehlo(
         f"as a StableHLO function ({FILE}): uint8 images {shape} to {names}; weights and input "
         f"normalisation are inside. Made with jax {jax.__version__}"
     )
-    load = (
-        "import serve  # serve.py of this folder; needs jax and numpy\n\nfeatures = serve.load()\n"
-    )
-    load += f'features(images)["{"logits" if spec.classes else "cls"}"]'
+    load = "import serve  # serve.py of this folder; needs jax and numpy\n\n"
+    load += f'features = serve.load()\nfeatures(images)["{"logits" if spec.classes else "cls"}"]'
     write_card(directory, spec, facts, form, load)
     return path
 
 
 def _reader_library() -> bytes:
-    """The installed flatbuffers package (pure Python, Apache-2.0) as an importable zip.
-
-    `jax.export` reads its own files with it, but jax does not depend on it.
-    """
+    """flatbuffers (Apache-2.0) as an importable zip: `jax.export` needs it and jax lacks it."""
     import flatbuffers
 
     root = pathlib.Path(flatbuffers.__file__).parent

@@ -28,11 +28,7 @@ def save_safetensors(
 
 
 def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of a `.safetensors`, `.pth`, `.pt` or `.bin` file, and the file's metadata.
-
-    Raises:
-      UserError: no such file, not one of weights, damaged, or a pickle with more than data in it.
-    """
+    """Every tensor of a `.safetensors`, `.pth`, `.pt` or `.bin` file, and the file's metadata."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
@@ -44,8 +40,6 @@ def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
         with safetensors.safe_open(path, framework="numpy") as file:
             return file.get_tensors(), file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise UserError(
-            f"{path}: truncated or damaged ({error}); fetch or copy it again"
-        ) from error
+        raise UserError(f"{path}: truncated or damaged ({error}); fetch it again") from error
     except TorchFileError as error:
         raise UserError(f"{path}: {error}") from error

@@ -35,6 +35,11 @@ _STORAGE_DTYPES = {
 }
 
 
+# What reading a damaged or contrived pickle may raise.
+_DAMAGE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
+_DAMAGE += (ValueError, OverflowError)
+
+
 class TorchFileError(UserError):
     """A file that is damaged, or that is not plain data."""
 
@@ -53,13 +58,6 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Dict(dict):
-    """Stands for OrderedDict; drops the attributes that PyTorch hangs on it."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 class _Inert:
     """Stands for objects beside the weights whose content nobody needs, such as `args`."""
 
@@ -70,12 +68,10 @@ class _Inert:
         pass
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Any:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+class _Dict(dict):
+    """Stands for OrderedDict; drops the attributes that PyTorch hangs on it."""
 
-
-def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
-    return data
+    __setstate__ = _Inert.__setstate__
 
 
 class _Builder:
@@ -101,8 +97,10 @@ _CLASSES = {
     ("torch", "device"): _Inert,
 }
 _BUILDERS = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _Tensor(
+        storage, offset, tuple(shape), tuple(strides)
+    ),
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch", "Size"): lambda *args: tuple(*args),
 }
 
@@ -116,8 +114,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _BUILDERS:
             return _Builder(_BUILDERS[module, name])
         raise TorchFileError(
-            f"its pickle asks for {module}.{name}, which is not weights. Nothing was run. If you "
-            "trust the file, load it with PyTorch and save the tensors alone as safetensors"
+            f"its pickle asks for {module}.{name}, which is not weights; nothing was run. If you "
+            "trust it, load it with PyTorch and save the tensors alone as safetensors"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -131,27 +129,20 @@ class _Unpickler(pickle.Unpickler):
 def read_torch(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """The state dict of a file written by `torch.save` (PyTorch 1.6 or newer).
 
-    The state dict is the file's only content, or its `model` or `state_dict` entry. Tensors come
-    in the types they are stored in.
-
-    Raises:
-      TorchFileError: damaged; older than PyTorch 1.6; a pickle with more than plain data in it;
-        no state dict.
+    It is the file's only content, or its `model` or `state_dict` entry. Tensors come in the types
+    they are stored in.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive)
+    except TorchFileError:
+        raise
     except zipfile.BadZipFile as error:
         raise TorchFileError(
-            f"not a PyTorch zip file, or truncated ({error}). A file from before PyTorch 1.6 has "
-            "to be saved again with a newer one"
+            f"not a PyTorch zip file, or truncated ({error}); save one older than PyTorch 1.6 again"
         ) from error
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, AttributeError) as error:
-        raise TorchFileError(f"its pickle is damaged: {error}") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, TorchFileError):
-            raise
-        raise TorchFileError(f"its pickle does not build a state dict: {error}") from error
+    except _DAMAGE as error:
+        raise TorchFileError(f"its pickle is damaged: {error!r}") from error
 
 
 def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
@@ -172,10 +163,9 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-    for key in _STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    if isinstance(content, dict):
+        entries = (content.get(key) for key in _STATE_DICT_KEYS)
+        content = next((entry for entry in entries if isinstance(entry, dict)), content)
     if not isinstance(content, dict) or not content:
         raise TorchFileError("no state dict: expected named tensors, or them under `model`")
     for name, value in content.items():
@@ -187,10 +177,9 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
 def _materialise(archive: zipfile.ZipFile, folder: str, name: str, tensor: _Tensor) -> np.ndarray:
     storage = np.frombuffer(archive.read(folder + tensor.storage.key), tensor.storage.dtype)
     sizes = (tensor.offset, *tensor.shape, *tensor.strides)
-    if not all(isinstance(n, int) and n >= 0 for n in sizes):
+    whole = all(isinstance(n, int) and n >= 0 for n in sizes)
+    if not whole or len(tensor.shape) != len(tensor.strides):
         raise TorchFileError(f"tensor {name} has an impossible shape")
-    if len(tensor.shape) != len(tensor.strides):
-        raise TorchFileError(f"tensor {name} has {len(tensor.shape)} sizes and other strides")
     count = math.prod(tensor.shape)
     steps = zip(tensor.shape, tensor.strides, strict=True)
     last = tensor.offset + sum((size - 1) * stride for size, stride in steps)
@@ -200,7 +189,7 @@ def _materialise(archive: zipfile.ZipFile, folder: str, name: str, tensor: _Tens
     view = np.lib.stride_tricks.as_strided(
         storage[tensor.offset :],
         tensor.shape,
-        tuple(stride * storage.itemsize for stride in tensor.strides),
+        [stride * storage.itemsize for stride in tensor.strides],
         writeable=False,
     )
     return np.ascontiguousarray(view).reshape(tensor.shape)

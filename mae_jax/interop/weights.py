@@ -18,15 +18,12 @@ def to_official(
 ) -> dict[str, np.ndarray]:
     """Parameters -> official tensors.
 
+    Linear weights are [out, in], the patch convolution is [D, C, p, p], all float32. The position
+    tables, which official files store, are those of the tree, or the fixed sine-cosine table.
+
     Args:
       params: the tree of `MAE`, or of a classifier (`encoder`, `fc_norm`, `head`).
-      spec: of that model.
       include_decoder: False leaves out the decoder with its mask token, as timm needs it.
-
-    Returns:
-      float32 tensors. Linear weights are [out, in], the patch convolution is [D, C, p, p]. The
-      position tables, which official files store, are there: those of the tree, or the fixed
-      sine-cosine table where it has none.
     """
     tensors = {
         name: np.asarray(x, np.float32, order="C")
