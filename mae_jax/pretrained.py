@@ -16,8 +16,8 @@ from mae_jax.data.folder import PictureFiles
 from mae_jax.data.record import Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.interop.checkpoint import open_checkpoint
-from mae_jax.models.inference import classify_function, features_function, reconstruct_function
-from mae_jax.models.masking import num_kept
+from mae_jax.models.inference import classify_function, features_function, reconstruct
+from mae_jax.models.masking import num_kept, sample_masking
 
 BATCH_SIZE = 64  # pictures computed at once
 
@@ -124,7 +124,13 @@ class Model:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a model lives as long as its user wants
     def _reconstruct(self, mask_ratio: float) -> Callable:
-        return jax.jit(reconstruct_function(self.spec, mask_ratio))
+        spec, model = self.spec, self.spec.mae(position_params=True)
+
+        def function(params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+            masking = sample_masking("random", keys, spec.grid, mask_ratio)
+            return reconstruct(model, params, images, masking, spec.mean, spec.std)
+
+        return jax.jit(function)
 
     def _run(self, function: Callable, *rows: Any) -> Arrays:
         """`function(params, *rows)` in batches of one size, so that it is compiled once."""

@@ -17,7 +17,7 @@ from mae_jax import UserError
 from mae_jax.interop.class_names import informative
 from mae_jax.interop.export import DESCRIPTION_FILE, ORBAX_FOLDER
 from mae_jax.interop.infer import infer_spec
-from mae_jax.interop.names import Tensors, from_hugging_face, is_decoder, is_hugging_face
+from mae_jax.interop.names import Tensors, from_hugging_face, is_decoder, is_hugging_face, some
 from mae_jax.interop.orbax_file import read_workdir
 from mae_jax.interop.tensor_files import SUFFIXES, read_tensors
 from mae_jax.interop.weights import Params, from_official, official_shapes, to_official
@@ -33,20 +33,13 @@ _HF_DEFAULT_EPS = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Weights that have been read and found whole.
+    """Weights that have been read and found whole."""
 
-    Attributes:
-      tensors: under official names, float32, position tables included.
-      source: what was read, in words.
-      notes: what a user should know of the reading.
-      facts: what the source tells of its training, for model cards.
-    """
-
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, np.ndarray]  # official names, float32, position tables included
     spec: ModelSpec
-    source: str
-    notes: tuple[str, ...]
-    facts: dict[str, Any]
+    source: str  # what was read, in words
+    notes: tuple[str, ...]  # what a user should know of the reading
+    facts: dict[str, Any]  # what the source tells of its training, for model cards
 
     def params(self, *, decoder: bool = True) -> Params:
         """Our parameter tree, position tables in it, with or without the decoder."""
@@ -79,8 +72,8 @@ def open_checkpoint(
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     if (path / DESCRIPTION_FILE).is_file() and (path / ORBAX_FOLDER).is_dir():
-        spec = ModelSpec.from_json((path / DESCRIPTION_FILE).read_text())
-        spec = _complete(spec, overrides, path)
+        text = (path / DESCRIPTION_FILE).read_text()
+        spec = _complete(ModelSpec.from_json(text), overrides, path)
         tensors = to_official(read_params(path / ORBAX_FOLDER), spec)
         return _checked(tensors, spec, f"Orbax export {path}", [], {})
     if (path / "checkpoints").is_dir():
@@ -124,9 +117,8 @@ def _from_tensors(
     fallback: ModelSpec | None,
     overrides: dict[str, Any],
 ) -> Checkpoint:
-    notes: list[str] = []
-    if ignored := [name for name in tensors if name.startswith(_IGNORED)]:
-        notes.append(f"left out: {', '.join(ignored)}")
+    ignored = [name for name in tensors if name.startswith(_IGNORED)]
+    notes = [f"left out: {', '.join(ignored)}"] if ignored else []
     tensors = {name: x for name, x in tensors.items() if name not in ignored}
     hugging_face = is_hugging_face(tensors)
     if hugging_face:
@@ -157,18 +149,14 @@ def _from_tensors(
 
 
 def _checked(
-    tensors: Tensors,
-    spec: ModelSpec,
-    source: str,
-    notes: list[str],
-    facts: dict[str, Any],
+    tensors: Tensors, spec: ModelSpec, source: str, notes: list[str], facts: dict[str, Any]
 ) -> Checkpoint:
     """A checkpoint with every tensor there, none besides, each of its shape and finite."""
     expected = official_shapes(spec)
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise UserError(f"{source}: {_some(missing)} missing; this is not a whole model")
+        raise UserError(f"{source}: {some(missing)} missing; this is not a whole model")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise UserError(f"{source}: {_some(extra)} unexpected; the weights of another model")
+        raise UserError(f"{source}: {some(extra)} unexpected; the weights of another model")
     whole = {}
     for name, shape in expected.items():
         x = tensors[name]
@@ -249,8 +237,3 @@ def _complete(spec: ModelSpec, overrides: dict[str, Any], where: pathlib.Path) -
         if stated not in ("", 0) and stated != value and field != "class_names":
             raise UserError(f"{where}: {field} is {stated}, not {value}")
     return dataclasses.replace(spec, **overrides)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

@@ -4,8 +4,8 @@ Every function writes a folder with a model card (README.md), checks first that 
 the model (UserError), and returns the path of the weights. For `facts` see `card.write_card`.
 """
 
-import pathlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mae_jax import UserError
@@ -16,7 +16,7 @@ from mae_jax.interop.weights import Params, to_official
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from mae_jax.storage.checkpoints import save_params
-from mae_jax.storage.files import write_atomically, write_json
+from mae_jax.storage.files import PathLike, write_atomically, write_json
 
 ENCODER_FILE = "encoder.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -25,32 +25,29 @@ HF_FILE = "model.safetensors"
 ORBAX_FOLDER = "params"
 DESCRIPTION_FILE = "description.json"
 
+Facts = Mapping[str, Any]
+Exporter = Callable[[Params, PathLike, ModelSpec, Facts], Path]
+
 _PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as image-processor configs write it
 
 
-def export_encoder(
-    params: Params, directory: str | pathlib.Path, spec: ModelSpec, facts: Mapping[str, Any]
-) -> pathlib.Path:
+def export_encoder(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
     """Writes the encoder, or the classifier where there is a head, as timm names it.
 
     A decoder is left out; from `config.json` timm builds the model at its own image size.
     """
-    directory, spec = pathlib.Path(directory), spec.without_decoder()
+    directory, spec = Path(directory), spec.without_decoder()
     path = directory / (CLASSIFIER_FILE if spec.classes else ENCODER_FILE)
     tensors = to_official(params, spec, include_decoder=False)
     save_safetensors(path, tensors, spec.to_metadata())
     write_json(directory / "config.json", timm_config(spec))
     form = f"under the tensor names of timm and of the official MAE code ({path.name})"
-    load = (
-        'import timm\n\nmodel = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
-    )
+    load = 'import timm\n\nmodel = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)'
     write_card(directory, spec, facts, form, load)
     return path
 
 
-def export_official(
-    params: Params, directory: str | pathlib.Path, spec: ModelSpec, facts: Mapping[str, Any]
-) -> pathlib.Path:
+def export_official(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
     """Writes everything, decoder included, under the names of the official MAE code."""
     _require_pixels(spec)
     if spec.pool == "normed_mean":
@@ -58,7 +55,7 @@ def export_official(
             "the official code has no head on the mean of normed tokens (a linear probe with "
             "head.pool=mean). Export it with --format=timm"
         )
-    path = pathlib.Path(directory) / OFFICIAL_FILE
+    path = Path(directory) / OFFICIAL_FILE
     save_safetensors(path, to_official(params, spec), spec.to_metadata())
     if spec.decoder_depth:
         model = "models_mae of facebookresearch/mae, with norm_pix_loss as the target below says"
@@ -72,27 +69,23 @@ def export_official(
     return path
 
 
-def export_hugging_face(
-    params: Params, directory: str | pathlib.Path, spec: ModelSpec, facts: Mapping[str, Any]
-) -> pathlib.Path:
+def export_hugging_face(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
     """Writes a folder for `from_pretrained` of transformers 4 and 5.
 
     Encoder and decoder become ViTMAEForPreTraining, an encoder alone ViTMAEModel, a classifier on
     the class token ViTForImageClassification.
     """
     config = hugging_face_config(spec)
-    directory = pathlib.Path(directory)
+    directory = Path(directory)
     path = directory / HF_FILE
     save_safetensors(path, to_hugging_face(to_official(params, spec)), spec.to_metadata())
     write_json(directory / "config.json", config)
     processor = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
         "size": {"height": spec.image_size[0], "width": spec.image_size[1]},
         "resample": _PIL_BICUBIC,
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": spec.mean,
         "image_std": spec.std,
     }
@@ -105,11 +98,9 @@ def export_hugging_face(
     return path
 
 
-def export_orbax(
-    params: Params, directory: str | pathlib.Path, spec: ModelSpec, facts: Mapping[str, Any]
-) -> pathlib.Path:
+def export_orbax(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
     """Writes the Flax parameters as an Orbax checkpoint in `params/`, described by a JSON file."""
-    directory = pathlib.Path(directory)
+    directory = Path(directory)
     save_params(directory / ORBAX_FOLDER, params)
     write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
     form = "as a tree of Flax parameters in an Orbax checkpoint"
@@ -117,9 +108,6 @@ def export_orbax(
     load += '"ABSOLUTE_PATH_OF_THIS_FOLDER/params")'
     write_card(directory, spec, facts, form, load)
     return directory / ORBAX_FOLDER
-
-
-Exporter = Callable[[Params, pathlib.Path, ModelSpec, Mapping[str, Any]], pathlib.Path]
 
 
 def timm_config(spec: ModelSpec) -> dict[str, Any]:
@@ -169,10 +157,7 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
         )
     height, width = spec.image_size
     if height != width and not spec.classes:
-        raise UserError(
-            f"transformers' ViTMAE fails on images that are not square ({spec.image_size}). Export "
-            "with --format=timm"
-        )
+        raise UserError("transformers' ViTMAE: images are not square. Export with --format=timm")
     config: dict[str, Any] = {
         "hidden_size": spec.width,
         "num_hidden_layers": spec.depth,
@@ -191,11 +176,8 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
     if spec.classes:
         names = spec.class_names or [f"LABEL_{i}" for i in range(spec.classes)]
         kind = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
-        labels = {
-            "id2label": dict(enumerate(names)),
-            "label2id": {x: i for i, x in enumerate(names)},
-        }
-        return {**kind, **config, **labels}
+        config |= {"id2label": dict(enumerate(names))}
+        return {**kind, **config, "label2id": {name: i for i, name in enumerate(names)}}
     config |= {"mask_ratio": spec.mask_ratio or 0.75, "norm_pix_loss": spec.target == "norm_pixel"}
     if spec.decoder_depth:
         config |= {

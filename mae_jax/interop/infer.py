@@ -4,7 +4,7 @@ import math
 import re
 
 from mae_jax import UserError
-from mae_jax.interop.names import Tensors, is_decoder
+from mae_jax.interop.names import Tensors, is_decoder, some
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import VARIANTS
 
@@ -27,9 +27,8 @@ def infer_spec(
     """
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         if name not in tensors:
-            raise UserError(
-                f"{where}: no tensor {name}, so this is not a ViT of MAE. It holds {_some(tensors)}"
-            )
+            held = f"{len(tensors)} tensors ({some(sorted(tensors, key=is_decoder))})"
+            raise UserError(f"{where}: no {name}, so this is not a ViT of MAE. It holds {held}")
     kernel = tensors["patch_embed.proj.weight"].shape
     if len(kernel) != 4 or kernel[2] != kernel[3]:
         raise UserError(f"{where}: patch_embed.proj.weight is {kernel}, not [D, C, p, p]")
@@ -59,8 +58,7 @@ def infer_spec(
             raise UserError(f"{where}: tensors of width {width} do not tell the heads; give heads")
     if decoder_width := found.get("decoder_width"):
         same = fallback and fallback.decoder_width == decoder_width
-        default = fallback.decoder_heads if same else 0
-        heads = _DECODER_HEADS.get(decoder_width, default)
+        heads = _DECODER_HEADS.get(decoder_width, fallback.decoder_heads if same else 0)
         fields["decoder_heads"] = fields.get("decoder_heads") or heads
     if channels != 3 and not {"mean", "std"} <= fields.keys():
         if fallback and fallback.channels == channels:
@@ -94,9 +92,3 @@ def _image_size(
 def _depth(tensors: Tensors, stack: str) -> int:
     numbers = {int(m.group(1)) for n in tensors if (m := re.match(rf"{stack}\.(\d+)\.", n))}
     return max(numbers, default=-1) + 1
-
-
-def _some(tensors: Tensors) -> str:
-    names = sorted(tensors, key=is_decoder)
-    shown = ", ".join(names[:4])
-    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 4 else ''})"

@@ -1,7 +1,6 @@
 """Weights of any origin into the parameters of a model, with a report in words."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from mae_jax.interop.class_names import require_same_classes
 from mae_jax.interop.names import is_decoder, official_name
 from mae_jax.interop.weights import Params, from_official
 from mae_jax.models.spec import ModelSpec
+from mae_jax.storage.files import PathLike
 
 PARTS = ("all", "encoder")
 
@@ -41,12 +41,7 @@ class LoadReport:
 
 
 def load_into(
-    params: Params,
-    path: str | pathlib.Path,
-    model: ModelSpec,
-    *,
-    parts: str = "all",
-    **overrides: Any,
+    params: Params, path: PathLike, model: ModelSpec, *, parts: str = "all", **overrides: Any
 ) -> tuple[Params, LoadReport]:
     """Replaces the values of an initialised tree by those of a checkpoint.
 
@@ -97,13 +92,9 @@ def load_into(
 
     chosen = {name: x for name, x in checkpoint.tensors.items() if name in wanted and usable(name)}
     adapted = _adapt(chosen, theirs, model)
-    if theirs.channels == model.channels and not np.allclose(
-        [theirs.mean, theirs.std], [model.mean, model.std]
-    ):
-        notes.append(
-            f"the file's input statistics are mean {theirs.mean}, std {theirs.std}; this model "
-            f"is fed with mean {model.mean}, std {model.std}"
-        )
+    own, fed = (theirs.mean, theirs.std), (model.mean, model.std)
+    if theirs.channels == model.channels and not np.allclose(own, fed):
+        notes.append(f"the file's input statistics (mean, std) are {own}; this model gets {fed}")
     fresh = sorted(wanted.keys() - chosen.keys())
     left_out = sorted(checkpoint.tensors.keys() - chosen.keys())
     report = LoadReport(source, notes, adapted, len(chosen), fresh, left_out)
@@ -128,17 +119,12 @@ def _require_same_encoder(theirs: ModelSpec, model: ModelSpec, source: str) -> N
 def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
     remedy = "or load the encoder alone (init_parts = encoder)"
     for field in ("decoder_width", "decoder_depth", "decoder_heads", "patch_size", "channels"):
-        if getattr(theirs, field) != getattr(model, field):
-            shown = field.replace("decoder_", "decoder.")
-            raise UserError(
-                f"{source}: its decoder has {shown} = {getattr(theirs, field)}, the model's "
-                f"{getattr(model, field)}. Set them equal, {remedy}"
-            )
+        if (old := getattr(theirs, field)) != (new := getattr(model, field)):
+            has = f"{field.replace('decoder_', 'decoder.')} = {old}, the model's {new}"
+            raise UserError(f"{source}: its decoder has {has}. Set them equal, {remedy}")
     if theirs.target and model.target and theirs.target != model.target:
-        raise UserError(
-            f"{source}: its decoder predicts {theirs.target}, the model is to predict "
-            f"{model.target}. Set target to match, {remedy}"
-        )
+        targets = f"predicts {theirs.target}, the model's {model.target}"
+        raise UserError(f"{source}: its decoder {targets}. Set target to match, {remedy}")
 
 
 def _adapt(tensors: dict[str, np.ndarray], theirs: ModelSpec, model: ModelSpec) -> list[str]:

@@ -6,7 +6,7 @@ spelling is translated to them and from them. Sources of the spellings: the stat
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -40,9 +40,7 @@ _HF_BLOCK_PARTS_V5 = {
     "attention.q_proj": "q",
     "attention.k_proj": "k",
     "attention.v_proj": "v",
-    "attention.o_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+    "attention.o_proj": "attn.proj",  # `mlp.fc1` and `mlp.fc2` are called as officially
 }
 _HF_TOP = {
     "vit.embeddings.cls_token": "cls_token",
@@ -93,6 +91,11 @@ def our_path(name: str) -> str:
 def is_decoder(name: str) -> bool:
     """Whether an official name belongs to the decoder, or to the target it is trained for."""
     return _DECODER.match(name) is not None
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for messages."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:

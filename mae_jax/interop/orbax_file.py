@@ -13,8 +13,7 @@ from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.checkpoints import read_newest
 from mae_jax.storage.files import read_json_lines
 
-# What is read of a training state (`train.state.TrainState`): all but the optimizer.
-# Version 0.1 had the statistics of batch norm beside them.
+# All of `train.state.TrainState` but the optimizer; `statistics` (batch norm) are of version 0.1.
 _PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
@@ -27,7 +26,7 @@ def read_workdir(workdir: pathlib.Path) -> tuple[Params, ModelSpec, dict[str, An
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
     averaged = state["ema"] is not None
-    params = state["ema"] if averaged else state["params"]
+    params = state["ema" if averaged else "params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
     statistics = state["statistics"] or (state["extra"] or {}).get("statistics")
     if statistics:

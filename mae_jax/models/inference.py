@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mae_jax import UserError
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.mae import MAE
-from mae_jax.models.masking import Masking, sample_masking
+from mae_jax.models.masking import Masking
 from mae_jax.models.patches import denormalize, normalize, unpatchify
 from mae_jax.models.spec import ModelSpec
 
@@ -49,34 +49,22 @@ def features_function(
     """
     if not 0 <= block <= spec.depth:
         raise UserError(f"block {block}: the encoder has blocks 1 to {spec.depth}")
-    if spec.classes and block in (0, spec.depth):
-        return _classifier_features(spec, dtype)
     encoder = spec.encoder(depth=block, dtype=dtype, position_params=True)
+    head = spec.classifier(dtype=dtype) if spec.classes and block in (0, spec.depth) else None
 
     def features(params: Params, images: jax.Array) -> Features:
         x = normalize(images, spec.mean, spec.std)
-        return _pooled(encoder.apply({"params": params["encoder"]}, x))
-
-    return features
-
-
-def _classifier_features(
-    spec: ModelSpec, dtype: jnp.dtype
-) -> Callable[[Params, jax.Array], Features]:
-    model = spec.classifier(dtype=dtype)
-
-    def features(params: Params, images: jax.Array) -> Features:
-        logits, inside = model.apply(
+        if head is None:
+            return _pooled(encoder.apply({"params": params["encoder"]}, x))
+        logits, inside = head.apply(
             {"params": params},
-            normalize(images, spec.mean, spec.std),
+            x,
             capture_intermediates=lambda module, _: module.name in ("encoder", "fc_norm"),
             mutable=["intermediates"],
         )
         seen = {name: calls["__call__"][0] for name, calls in inside["intermediates"].items()}
-        values = _pooled(seen["encoder"])
-        if "fc_norm" in seen:
-            values["mean"] = seen["fc_norm"]
-        return {**values, "logits": logits}
+        values = {**_pooled(seen["encoder"]), "logits": logits}
+        return values | ({"mean": seen["fc_norm"]} if "fc_norm" in seen else {})
 
     return features
 
@@ -88,19 +76,6 @@ def _pooled(tokens: jax.Array) -> Features:
         "mean": pool_tokens(tokens, "mean"),
         "tokens": tokens.astype(jnp.float32),
     }
-
-
-def reconstruct_function(
-    spec: ModelSpec, mask_ratio: float, *, dtype: jnp.dtype = jnp.float32
-) -> Callable[[Params, jax.Array, jax.Array], dict[str, jax.Array]]:
-    """(parameters, images [B, H, W, C] uint8, keys [B]) -> see `reconstruct`; random masks."""
-    model = spec.mae(dtype=dtype, position_params=True)
-
-    def function(params: Params, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        masking = sample_masking("random", keys, spec.grid, mask_ratio)
-        return reconstruct(model, params, images, masking, spec.mean, spec.std)
-
-    return function
 
 
 def reconstruct(

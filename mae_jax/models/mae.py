@@ -73,7 +73,7 @@ class MAE(nn.Module):
         return MAEOutput(masked_mean(error, masking.mask), predictions)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Features of whole images, nothing masked: [B, 1 + L, D], patches in their order."""
+        """Tokens [B, 1 + L, D] of whole images, nothing masked."""
         return self.encoder(images)
 
 

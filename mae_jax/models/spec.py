@@ -25,36 +25,24 @@ POOLS = ("", "mean", "cls", "normed_mean")
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model, as far as its builders, its weights and their users need to know it.
+    """A model, as far as its builders, its weights and their users need to know it."""
 
-    Attributes:
-      image_size: height and width in pixels.
-      decoder_depth: 0 where there is no decoder.
-      decoder_heads: 0 where there is no decoder, or where nobody knows.
-      target: a name in `models.targets.TARGETS`; empty where nothing is known of the decoder.
-      mask_ratio: share of patches removed in pretraining; 0 where unknown.
-      mean, std: statistics of pixels in [0, 1] taken out of the input, one value per channel.
-      pool: what a classifier's head reads, see `models.classifier.Classifier`; empty: no head.
-      classes: outputs of the head, 0 where there is none.
-      class_names: of the classes in their order; empty where nobody knows.
-    """
-
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # height and width in pixels
     patch_size: int
     channels: int
     width: int
     depth: int
     heads: int
     decoder_width: int = 0
-    decoder_depth: int = 0
-    decoder_heads: int = 0
-    target: str = ""
-    mask_ratio: float = 0.0
-    mean: tuple[float, ...] = IMAGENET_MEAN
+    decoder_depth: int = 0  # 0: no decoder
+    decoder_heads: int = 0  # 0: no decoder, or nobody knows
+    target: str = ""  # a name in `models.targets.TARGETS`; empty where unknown
+    mask_ratio: float = 0.0  # share of patches removed in pretraining; 0 where unknown
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of pixels in [0, 1], one value per channel
     std: tuple[float, ...] = IMAGENET_STD
-    pool: str = ""
-    classes: int = 0
-    class_names: tuple[str, ...] = ()
+    pool: str = ""  # what the head reads, see `models.classifier.Classifier`; empty: no head
+    classes: int = 0  # outputs of the head
+    class_names: tuple[str, ...] = ()  # in the order of the classes; empty where nobody knows
 
     def __post_init__(self) -> None:
         p, width, heads = self.patch_size, self.decoder_width, self.decoder_heads
@@ -82,7 +70,7 @@ class ModelSpec:
         model, data = config["model"], config["data"]
         shape = VARIANTS[model["variant"]]
         size = model["image_size"]
-        size = (size,) if isinstance(size, int) else tuple(size)
+        size = (size,) if isinstance(size, int) else size
         task = config.get("task", "pretrain")
         own: dict[str, Any] = {}
         if task == "pretrain":
@@ -149,10 +137,7 @@ class ModelSpec:
     def classifier(self, *, head_std: float = 2e-5, **how: Any) -> Classifier:
         """The encoder with its head; position tables are parameters. UserError without a head."""
         if not self.classes:
-            raise UserError(
-                "these weights have no head: they tell no classes. Take those of a fine-tuned "
-                "model, or fine-tune or probe these (tasks finetune, linear_probe)"
-            )
+            raise UserError("these weights have no head: fine-tune or probe them first")
         encoder = self.encoder(position_params=True, **how)
         return Classifier(encoder, self.classes, self.pool, head_std)
 

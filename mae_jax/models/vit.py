@@ -14,8 +14,6 @@ from mae_jax.models.patches import patchify
 
 
 class Shape(NamedTuple):
-    """Size of a transformer stack."""
-
     width: int
     depth: int
     heads: int
@@ -149,11 +147,8 @@ class Mlp(nn.Module):
 def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
     """What stochastic depth multiplies the residual branches with, for examples of `keys` [B].
 
-    The probability of dropping a branch rises evenly from 0 in the first block to `rate` in the
-    last.
-
-    Returns:
-      [depth, 2, B] float32: 0 for a dropped branch (attention, MLP), else 1 / (1 - its rate).
+    [depth, 2, B] float32: 0 for a dropped branch (attention, MLP), else 1 / (1 - its rate), which
+    rises evenly from 0 in the first block to `rate` in the last.
     """
     keep = 1.0 - jnp.linspace(0.0, rate, depth)[:, None]  # [depth, 1]
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)  # [B, depth, 2]
@@ -240,29 +235,20 @@ class Blocks(nn.Module):
 
 
 class ViT(nn.Module):
-    """The encoder: images in, tokens out.
+    """The encoder: images in, tokens out."""
 
-    Attributes:
-      image_size: height and width in pixels, each divisible by `patch_size`.
-      dtype: of matrix products; parameters, softmax and norms are float32.
-      residual_dtype: of the tokens between blocks and of what is returned.
-      position_params: the position table is a parameter that starts as the sine-cosine table, for
-        models that train it or take another's, instead of a constant.
-      final_norm: False leaves the last layer norm to whoever pools the tokens.
-    """
-
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # height and width in pixels, each divisible by `patch_size`
     patch_size: int
     channels: int
     width: int
     depth: int
     heads: int
-    dtype: jnp.dtype = jnp.float32
-    residual_dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of matrix products; parameters, softmax, norms are float32
+    residual_dtype: jnp.dtype = jnp.float32  # of tokens between blocks and of what is returned
     stacking: str = "unrolled"
     remat: str = "none"
-    position_params: bool = False
-    final_norm: bool = True
+    position_params: bool = False  # positions are a parameter that starts as the sine-cosine table
+    final_norm: bool = True  # False leaves the last layer norm to whoever pools the tokens
     frozen_blocks: int = 0
 
     @property
@@ -277,15 +263,12 @@ class ViT(nn.Module):
         ids_keep: jax.Array | None = None,
         path_scale: jax.Array | None = None,
     ) -> jax.Array:
-        """Encodes the visible patches, or all of them.
+        """Tokens [B, 1 + K, D] in the residual type, the class token first.
 
         Args:
           images: [B, H, W, C] float, normalised.
           ids_keep: [B, K] patches to encode; None encodes all L in their order.
           path_scale: [depth, 2, B], see `drop_path_scale`; None drops nothing.
-
-        Returns:
-          [B, 1 + K, D] tokens in the residual type, the class token first.
         """
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
@@ -298,9 +281,7 @@ class ViT(nn.Module):
         x = patchify(images, self.patch_size)  # [B, L, p*p*C]
         # The reference leaves its patch convolution's bias at the default of torch.
         bound = x.shape[-1] ** -0.5
-        bias_init = functools.partial(
-            jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound
-        )
+        bias_init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         x = dense(x, self.width, self.dtype, "patch_embed", self.residual_dtype, bias_init)
         x = x + positions[1:]  # [B, L, D]
         if ids_keep is not None:

@@ -14,16 +14,12 @@ class Target:
     A target may keep a state: float32 arrays that no gradient changes, such as a basis or the
     weights of a tokenizer. They lie with the parameters under `target_state`, frozen, and so in
     checkpoints and in exports that hold a decoder. `state` below is None without one.
-
-    Attributes:
-      note: what a reader must know of pictures of its predictions.
-      fit_examples: so many training images are given to `fit` before the first step of a run.
     """
 
     patch_size: int
     channels: int
-    note: ClassVar[str] = ""
-    fit_examples: ClassVar[int] = 0
+    note: ClassVar[str] = ""  # what a reader must know of pictures of its predictions
+    fit_examples: ClassVar[int] = 0  # training images given to `fit` before a run's first step
 
     @property
     def outputs(self) -> int:
