@@ -22,12 +22,9 @@ OFFICIAL_WEIGHTS_LICENCE = (
 def write_card(
     directory: pathlib.Path, spec: ModelSpec, facts: Mapping[str, object], form: str, load: str
 ) -> None:
-    """Writes a README.md.
+    """Writes a README.md: `form` is in what form the folder holds the model, `load` Python lines.
 
-    Args:
-      facts: of the training, in the order to be shown; `licence` replaces the general paragraph.
-      form: in what form the folder holds the model, part of a sentence.
-      load: Python lines.
+    `facts` are of the training, in the order to be shown; `licence` replaces the general paragraph.
     """
     kind = "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
     kind = "Vision Transformer image classifier" if spec.classes else kind

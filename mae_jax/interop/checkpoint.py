@@ -136,12 +136,12 @@ def _from_tensors(
         else:
             fields = _timm_fields(config)
             kind = "timm" if fields else "official MAE or timm"
-        labels = fields.pop("class_names", None)
-        if labels and "head.weight" in tensors:
-            if isinstance(labels, dict):
-                labels = [labels[i] for i in sorted(labels, key=int)]
+        labels = fields.pop("class_names", None) or ()
+        if isinstance(labels, dict):
+            labels = [labels[i] for i in sorted(labels, key=int)]
+        if "head.weight" in tensors:
             fields["class_names"] = informative(labels)
-        if "head.weight" not in tensors:
+        else:
             fields.pop("pool", None)
         stated = fields | overrides
     spec = infer_spec(tensors, str(path), fallback, **stated)
@@ -161,17 +161,14 @@ def _checked(
     for name, shape in expected.items():
         x = tensors[name]
         if x.shape != shape:
-            raise UserError(
-                f"{source}: {name} is {x.shape}, not {shape} as in a model of width {spec.width} "
-                f"and MLP ratio {MLP_RATIO}; the weights of another model"
-            )
+            model = f"a model of width {spec.width}, MLP ratio {MLP_RATIO}"
+            raise UserError(f"{source}: {name} is {x.shape}, not {shape} as in {model}")
         if not np.issubdtype(x.dtype, np.floating) and x.dtype != ml_dtypes.bfloat16:
             raise UserError(f"{source}: {name} holds {x.dtype}, not floating-point numbers")
         whole[name] = np.asarray(x, np.float32)
         if bad := x.size - int(np.isfinite(whole[name]).sum()):
-            raise UserError(
-                f"{source}: {name} has {bad} NaN or infinite value(s); take an earlier checkpoint"
-            )
+            remedy = "take an earlier checkpoint"
+            raise UserError(f"{source}: {name} has {bad} NaN or infinite value(s); {remedy}")
     return Checkpoint(whole, spec, source, tuple(notes), facts)
 
 
@@ -188,9 +185,7 @@ def _hugging_face_fields(where: pathlib.Path, notes: list[str]) -> dict[str, Any
             raise UserError(f"{where}: {field} {config[field]!r}; models here have {needed!r}")
     eps = config.get("layer_norm_eps", _HF_DEFAULT_EPS)
     if eps == _HF_DEFAULT_EPS:
-        notes.append(
-            f"config.json says layer_norm_eps {eps:g}; computed with MAE's {LAYER_NORM_EPS:g}"
-        )
+        notes.append(f"config.json: layer_norm_eps {eps:g}; computed with {LAYER_NORM_EPS:g}")
     elif eps != LAYER_NORM_EPS:
         raise UserError(f"{where}: layer_norm_eps {eps:g}; models here have {LAYER_NORM_EPS:g}")
     size = config.get("image_size", 224)

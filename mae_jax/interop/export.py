@@ -42,7 +42,8 @@ def export_encoder(params: Params, directory: PathLike, spec: ModelSpec, facts: 
     save_safetensors(path, tensors, spec.to_metadata())
     write_json(directory / "config.json", timm_config(spec))
     form = f"under the tensor names of timm and of the official MAE code ({path.name})"
-    load = 'import timm\n\nmodel = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)'
+    load = "import timm\n\nmodel = timm.create_model("
+    load += '"local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
     write_card(directory, spec, facts, form, load)
     return path
 

@@ -44,9 +44,8 @@ def infer_spec(
         found["pool"] = stated["pool"] if stated.get("pool") in pools else pools[0]
     for field, value in found.items():
         if stated.get(field, value) != value:
-            raise UserError(
-                f"{where}: {field} is {value} in the tensors and {stated[field]} as stated"
-            )
+            both = f"{value} in the tensors and {stated[field]} as stated"
+            raise UserError(f"{where}: {field} is {both}")
     fields = {**found, **stated}
     patches = tensors["pos_embed"].shape[1] - 1
     if "image_size" not in fields:
@@ -66,10 +65,8 @@ def infer_spec(
         elif fallback:  # other channels are adapted; nothing is computed with these
             fields |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
         else:
-            raise UserError(
-                f"{where}: does not say how its {channels} input channel(s) are normalised; give "
-                "mean and std, one value per channel"
-            )
+            unknown = f"how {channels} input channel(s) are normalised is unknown"
+            raise UserError(f"{where}: {unknown}; give mean and std, one value per channel")
     spec = ModelSpec(**fields)
     if patches != spec.grid[0] * spec.grid[1]:
         raise UserError(

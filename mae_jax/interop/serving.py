@@ -3,8 +3,6 @@
 import io
 import pathlib
 import zipfile
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.export
@@ -13,9 +11,9 @@ import jax.numpy as jnp
 from mae_jax import UserError
 from mae_jax.interop.card import write_card
 from mae_jax.interop.checkpoint import Checkpoint
-from mae_jax.interop.export import DESCRIPTION_FILE
+from mae_jax.interop.export import DESCRIPTION_FILE, Facts
 from mae_jax.models.inference import features_function
-from mae_jax.storage.files import write_atomically
+from mae_jax.storage.files import PathLike, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FILE = "model.stablehlo"
@@ -66,9 +64,7 @@ if __name__ == "__main__":
 '''
 
 
-def export_stablehlo(
-    checkpoint: Checkpoint, directory: str | pathlib.Path, facts: Mapping[str, Any]
-) -> pathlib.Path:
+def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) -> pathlib.Path:
     """Writes the model with its weights and its input normalisation as one function.
 
     uint8 images [b, H, W, C] of any batch size b -> what `inference.features_function` gives.
@@ -101,10 +97,8 @@ def export_stablehlo(
     write_atomically(directory / LOADER_FILE, loader)
     write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
     write_atomically(directory / LOADER_LIBRARY, _reader_library())
-    form = (
-        f"as a StableHLO function ({FILE}): uint8 images {shape} to {names}; weights and input "
-        f"normalisation are inside. Made with jax {jax.__version__}"
-    )
+    form = f"as a StableHLO function ({FILE}): uint8 images {shape} to {names}; weights and input "
+    form += f"normalisation are inside. Made with jax {jax.__version__}"
     load = "import serve  # serve.py of this folder; needs jax and numpy\n\n"
     load += f'features = serve.load()\nfeatures(images)["{"logits" if spec.classes else "cls"}"]'
     write_card(directory, spec, facts, form, load)

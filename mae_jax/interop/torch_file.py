@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from mae_jax import UserError
 
@@ -34,10 +35,9 @@ _STORAGE_DTYPES = {
     "BoolStorage": np.bool_,
 }
 
-
-# What reading a damaged or contrived pickle may raise.
-_DAMAGE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
-_DAMAGE += (ValueError, OverflowError)
+# What reading a damaged or contrived file may raise; RuntimeError of encrypted or too deep ones.
+_DAMAGE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError)
+_DAMAGE = (*_DAMAGE, OverflowError, RuntimeError)
 
 
 class TorchFileError(UserError):
@@ -89,30 +89,27 @@ class _Builder:
         raise TorchFileError("the pickle tries to change a function")
 
 
+def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Any:
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
 # Classes go out as they are, to be made by either opcode for objects. Their `__setstate__` is what
 # keeps a pickle from writing attributes.
-_CLASSES = {
+_ALLOWED = {
     ("collections", "OrderedDict"): _Dict,
     ("argparse", "Namespace"): _Inert,
     ("torch", "device"): _Inert,
-}
-_BUILDERS = {
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _Tensor(
-        storage, offset, tuple(shape), tuple(strides)
-    ),
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch", "Size"): lambda *args: tuple(*args),
+    ("torch", "Size"): _Builder(lambda *args: tuple(*args)),
+    ("torch._utils", "_rebuild_tensor_v2"): _Builder(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Builder(lambda data, *_: data),
+    **{("torch", name): name for name in _STORAGE_DTYPES},
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return name
-        if (module, name) in _CLASSES:
-            return _CLASSES[module, name]
-        if (module, name) in _BUILDERS:
-            return _Builder(_BUILDERS[module, name])
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         raise TorchFileError(
             f"its pickle asks for {module}.{name}, which is not weights; nothing was run. If you "
             "trust it, load it with PyTorch and save the tensors alone as safetensors"
@@ -186,10 +183,6 @@ def _materialise(archive: zipfile.ZipFile, folder: str, name: str, tensor: _Tens
     # Strides outside the storage would read foreign memory; overlapping ones make bombs.
     if count > storage.size or (count and last >= storage.size):
         raise TorchFileError(f"tensor {name} reaches beyond its storage")
-    view = np.lib.stride_tricks.as_strided(
-        storage[tensor.offset :],
-        tensor.shape,
-        [stride * storage.itemsize for stride in tensor.strides],
-        writeable=False,
-    )
+    strides = [stride * storage.itemsize for stride in tensor.strides]
+    view = as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
     return np.ascontiguousarray(view).reshape(tensor.shape)

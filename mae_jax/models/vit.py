@@ -120,9 +120,8 @@ class Attention(nn.Module):
         kernel, bias = Linear(3 * d, name="qkv")(d)
         kernel = kernel.astype(self.dtype).reshape(d, 3, self.heads, head_dim)
         bias = bias.astype(self.dtype).reshape(3, self.heads, head_dim)
-        q, k, v = (
-            jnp.einsum("bnd,dhk->bnhk", x, kernel[:, i]) + bias[i] for i in range(3)
-        )  # [B, N, heads, head_dim] each
+        # [B, N, heads, head_dim] each
+        q, k, v = (jnp.einsum("bnd,dhk->bnhk", x, kernel[:, i]) + bias[i] for i in range(3))
         x = attention(q, k, v)  # [B, N, heads, head_dim]
         kernel, bias = Linear(d, name="proj")(d)
         kernel = kernel.astype(self.dtype).reshape(self.heads, head_dim, d)

@@ -143,6 +143,16 @@ def test_a_compressed_archive_is_refused(tmp_path):
         read_torch(path)
 
 
+def test_an_encrypted_archive_is_refused(tmp_path):
+    path = torch_zip(tmp_path / "x.pth", pickle.dumps({}))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x03\x04") + 6] |= 1  # flags of the file and of its directory entry
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(TorchFileError, match="encrypted"):
+        read_torch(path)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_a_truncated_file_is_refused(share, tmp_path):
     content = (GOLDENS / "official.pth").read_bytes()
