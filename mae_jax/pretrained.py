@@ -73,10 +73,8 @@ class Model:
         patches = self.spec.grid[0] * self.spec.grid[1]
         if not (0 < mask_ratio < 1 and 0 < num_kept(patches, mask_ratio) < patches):
             raise UserError(f"{mask_ratio=:g}: of {patches} patches one must stay and one go")
-        function = self._reconstruct(mask_ratio)
-        pixels = self.pixels(images)
-        keys = jax.random.split(jax.random.key(seed), len(pixels))
-        return self._run(function, pixels, keys)
+        function, pixels = self._reconstruct(mask_ratio), self.pixels(images)
+        return self._run(function, pixels, jax.random.split(jax.random.key(seed), len(pixels)))
 
     def classify(self, images: Pictures) -> np.ndarray:
         """Probabilities [B, K] float32 of the classes, those that `mae-jax evaluate` scores."""

@@ -9,11 +9,9 @@ from mae_jax.storage.files import write_atomically
 CARD_FILE = "README.md"
 SHOWN_CLASSES = 20
 
-OWN_WEIGHTS_LICENCE = (
+GENERAL_LICENCE = (
     "The code that made these weights is Apache-2.0. The weights are their owner's, who names "
-    "their licence here; the licence of the training images may bind it."
-)
-OFFICIAL_WEIGHTS_LICENCE = (
+    "their licence here; the licence of the training images may bind it. "
     "If the weights come from the official MAE release (facebookresearch/mae) or were trained "
     "starting from it, they are CC-BY-NC 4.0: no commercial use, and their source must be named."
 )
@@ -29,7 +27,7 @@ def write_card(
     kind = "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
     kind = "Vision Transformer image classifier" if spec.classes else kind
     facts = dict(facts)
-    licence = facts.pop("licence", f"{OWN_WEIGHTS_LICENCE} {OFFICIAL_WEIGHTS_LICENCE}")
+    licence = facts.pop("licence", GENERAL_LICENCE)
     described = {
         "input": f"{spec.image_size[0]} x {spec.image_size[1]} pixels, {spec.channels} channel(s), "
         f"scaled to [0, 1], then mean {_numbers(spec.mean)} and deviation {_numbers(spec.std)} "

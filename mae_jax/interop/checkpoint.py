@@ -7,7 +7,6 @@ Hugging Face folders and files (ViTMAE, ViT), our Orbax exports, and workdirs of
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -24,7 +23,7 @@ from mae_jax.interop.weights import Params, from_official, official_shapes, to_o
 from mae_jax.models.spec import METADATA_KEY, ModelSpec
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from mae_jax.storage.checkpoints import read_params
-from mae_jax.storage.files import read_json
+from mae_jax.storage.files import PathLike, read_json
 
 # Tensors beside the model that some writers add and nobody here needs.
 _IGNORED = ("pooler.", "vit.pooler.")
@@ -55,7 +54,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | pathlib.Path, *, fallback: ModelSpec | None = None, **overrides: Any
+    path: PathLike, *, fallback: ModelSpec | None = None, **overrides: Any
 ) -> Checkpoint:
     """Reads weights, whatever their format.
 
@@ -81,9 +80,7 @@ def open_checkpoint(
         spec = _complete(spec, overrides, path)
         source = f"workdir {path}, step {facts['steps']}"
         return _checked(to_official(params, spec), spec, source, notes, facts)
-    file = path if path.is_file() else _file_of(path)
-    tensors, metadata = _read_shards(file) if file.suffix == ".json" else read_tensors(file)
-    return _from_tensors(tensors, metadata, file, fallback, overrides)
+    return _from_tensors(path if path.is_file() else _file_of(path), fallback, overrides)
 
 
 def _file_of(folder: pathlib.Path) -> pathlib.Path:
@@ -111,12 +108,9 @@ def _read_shards(index: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
 
 
 def _from_tensors(
-    tensors: Tensors,
-    metadata: Mapping[str, str],
-    path: pathlib.Path,
-    fallback: ModelSpec | None,
-    overrides: dict[str, Any],
+    path: pathlib.Path, fallback: ModelSpec | None, overrides: dict[str, Any]
 ) -> Checkpoint:
+    tensors, metadata = _read_shards(path) if path.suffix == ".json" else read_tensors(path)
     ignored = [name for name in tensors if name.startswith(_IGNORED)]
     notes = [f"left out: {', '.join(ignored)}"] if ignored else []
     tensors = {name: x for name, x in tensors.items() if name not in ignored}
@@ -189,8 +183,8 @@ def _hugging_face_fields(where: pathlib.Path, notes: list[str]) -> dict[str, Any
     elif eps != LAYER_NORM_EPS:
         raise UserError(f"{where}: layer_norm_eps {eps:g}; models here have {LAYER_NORM_EPS:g}")
     size = config.get("image_size", 224)
-    fields: dict[str, Any] = {"class_names": config.get("id2label")}
-    fields["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
+    size = tuple(size) if isinstance(size, list) else (size, size)
+    fields: dict[str, Any] = {"class_names": config.get("id2label"), "image_size": size}
     if "num_attention_heads" in config:
         fields["heads"] = config["num_attention_heads"]
     if config["model_type"] == "vit_mae":
@@ -216,8 +210,8 @@ def _timm_fields(where: pathlib.Path) -> dict[str, Any]:
     if "num_heads" in args:
         fields["heads"] = args["num_heads"]
     pooling = args.get("global_pool", config.get("global_pool"))
-    mean_pool = "mean" if args.get("fc_norm") in (None, True) else "normed_mean"
-    pools = {"avg": mean_pool, "token": "cls"}
+    own_norm = args.get("fc_norm") in (None, True)
+    pools = {"avg": "mean" if own_norm else "normed_mean", "token": "cls"}
     if pooling in pools:  # stated, so that it must agree with the tensors
         fields["pool"] = pools[pooling]
     if "mean" in cfg and "std" in cfg:

@@ -69,9 +69,8 @@ def infer_spec(
             raise UserError(f"{where}: {unknown}; give mean and std, one value per channel")
     spec = ModelSpec(**fields)
     if patches != spec.grid[0] * spec.grid[1]:
-        raise UserError(
-            f"{where}: pos_embed has {patches} patches, images of {spec.image_size} {spec.grid}"
-        )
+        size = f"images of {spec.image_size} have {spec.grid}"
+        raise UserError(f"{where}: pos_embed has {patches} patches, {size}")
     return spec
 
 

@@ -45,9 +45,8 @@ def load_into(
 ) -> tuple[Params, LoadReport]:
     """Replaces the values of an initialised tree by those of a checkpoint.
 
-    Adapted where the model differs: the position tables (interpolated, as the official fine-tuning
-    does), the number of channels and the patch size. Left at their initial values where the file
-    has none: a decoder, `fc_norm`, `head` (also where it has other classes).
+    Adapted are position tables, channels and patch size. A decoder, `fc_norm` and `head` that the
+    file lacks stay at their initial values, as does a head of other classes.
 
     Args:
       params: of the model about to run: `encoder` with or without `decoder`, `fc_norm`, `head`, its
@@ -68,7 +67,11 @@ def load_into(
     wanted = {official_name(path): path for path in flat}
     if "pos_embed" not in wanted:
         raise ValueError("the tree must hold its position tables (position_params)")
-    _require_same_encoder(theirs, model, source)
+    if _encoder_words(theirs) != _encoder_words(model):
+        raise UserError(
+            f"{source} holds an encoder of {_encoder_words(theirs)}; the model's has "
+            f"{_encoder_words(model)}. Set model.variant (or model.width, .depth, .heads) to match"
+        )
     if "norm.weight" in wanted and "norm.weight" not in checkpoint.tensors:
         raise UserError(
             f"{source}: fine-tuned on the mean token, so it has no final norm, which this model "
@@ -105,15 +108,8 @@ def load_into(
     return unflatten_dict({**flat, **loaded}, sep="/"), report
 
 
-def _require_same_encoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
-    def words(spec: ModelSpec) -> str:
-        return f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads"
-
-    if words(theirs) != words(model):
-        raise UserError(
-            f"{source} holds an encoder of {words(theirs)}; the model has {words(model)}. Set "
-            "model.variant (or model.width, model.depth, model.heads) to match"
-        )
+def _encoder_words(spec: ModelSpec) -> str:
+    return f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads"
 
 
 def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:

@@ -36,12 +36,7 @@ _HF_BLOCK_PARTS = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-_HF_BLOCK_PARTS_V5 = {
-    "attention.q_proj": "q",
-    "attention.k_proj": "k",
-    "attention.v_proj": "v",
-    "attention.o_proj": "attn.proj",  # `mlp.fc1` and `mlp.fc2` are called as officially
-}
+_HF_BLOCK_PARTS_V5 = {f"attention.{x}_proj": x for x in "qkv"} | {"attention.o_proj": "attn.proj"}
 _HF_TOP = {
     "vit.embeddings.cls_token": "cls_token",
     "vit.embeddings.position_embeddings": "pos_embed",

@@ -75,10 +75,8 @@ def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) 
     params = checkpoint.params(decoder=False)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if size > MAX_BYTES:
-        raise UserError(
-            f"{checkpoint.source}: {size / 1e9:.2f} GB of weights; the format of jax.export holds "
-            f"at most {MAX_BYTES / 1e9:.2f}. Export with --format=orbax or timm"
-        )
+        sizes = f"{size / 1e9:.2f} GB of weights; jax.export holds at most {MAX_BYTES / 1e9:.2f}"
+        raise UserError(f"{checkpoint.source}: {sizes}. Export with --format=orbax or timm")
     features = features_function(spec)
     (b,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *spec.image_size, spec.channels), jnp.uint8)

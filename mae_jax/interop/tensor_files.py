@@ -10,14 +10,12 @@ import safetensors.numpy
 from mae_jax import UserError
 from mae_jax.interop.names import Tensors
 from mae_jax.interop.torch_file import TorchFileError, read_torch
-from mae_jax.storage.files import complete_or_absent
+from mae_jax.storage.files import PathLike, complete_or_absent
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def save_safetensors(
-    path: str | pathlib.Path, tensors: Tensors, metadata: Mapping[str, str]
-) -> None:
+def save_safetensors(path: PathLike, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Writes one file, which appears complete or not at all."""
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     with complete_or_absent(path) as temporary:
@@ -27,7 +25,7 @@ def save_safetensors(
             raise OSError(str(error)) from error
 
 
-def read_tensors(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_tensors(path: PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Every tensor of a `.safetensors`, `.pth`, `.pt` or `.bin` file, and the file's metadata."""
     path = pathlib.Path(path)
     if not path.is_file():

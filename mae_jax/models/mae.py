@@ -28,8 +28,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
         """Decodes latent [B, 1 + K, D] with ids_restore [B, L] into predictions [B, L, outputs]."""
-        kept = latent.shape[1] - 1
-        residual = self.residual_dtype
+        kept, residual = latent.shape[1] - 1, self.residual_dtype
         x = dense(latent, self.width, self.dtype, "embed", residual)  # [B, 1 + K, Dd]
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         mask_token = jnp.broadcast_to(mask_token.astype(residual), (x.shape[0], 1, self.width))

@@ -138,8 +138,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        x = dense(x, MLP_RATIO * d, self.dtype, "fc1")  # [B, N, 4D]
-        x = nn.gelu(x, approximate=False)
+        x = nn.gelu(dense(x, MLP_RATIO * d, self.dtype, "fc1"), approximate=False)  # [B, N, 4D]
         return dense(x, d, self.dtype, "fc2", self.result)
 
 
