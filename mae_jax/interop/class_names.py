@@ -1,5 +1,6 @@
 """Whether the classes of a model are those of a data set."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from mae_jax import UserError
 def require_same_classes(
     model: Sequence[str] | None, data: Sequence[str] | None, where: str
 ) -> str:
-    """Refuses class names that differ or come in another order; the lists are of equal length.
+    """Refuses class names that differ or come in another order.
 
     Case and the difference of spaces, hyphens and underscores do not count. Names that only number
     the classes (`LABEL_3`) say nothing. WordNet ids on one side alone (TFDS calls ImageNet's
@@ -25,16 +26,19 @@ def require_same_classes(
     if _are_wordnet_ids(model) != _are_wordnet_ids(data):
         return f"WordNet ids and words for the classes of the weights and of {where}: not compared"
     spelled = [[_spelling(name) for name in names] for names in (model, data)]
-    differing = [i for i, (a, b) in enumerate(zip(*spelled, strict=True)) if a != b]
+    differing = [i for i, (a, b) in enumerate(itertools.zip_longest(*spelled)) if a != b]
     if not differing:
         return ""
     first = differing[0]
     how = f"{len(differing)} of {len(model)} classes differ"
-    if sorted(spelled[0]) == sorted(spelled[1]):
+    if len(model) != len(data):
+        how = f"{len(model)} in the weights, {len(data)} in the data"
+    elif sorted(spelled[0]) == sorted(spelled[1]):
         how = "the same classes in another order"
+    ours, theirs = (repr(names[first]) if first < len(names) else "none" for names in (model, data))
     raise UserError(
-        f"{where} has other classes than the weights: {how}; number {first} is {data[first]!r} in "
-        f"the data and {model[first]!r} in the weights. Take the data the weights were trained for "
+        f"{where} has other classes than the weights: {how}; number {first} is {theirs} in "
+        f"the data and {ours} in the weights. Take the data the weights were trained for "
         "(or --class_names=none if they are the same classes, spelled otherwise)"
     )
 

@@ -32,6 +32,13 @@ SPEC = dataclasses.replace(
 )
 
 
+def test_a_class_more_is_other_classes():
+    with pytest.raises(
+        UserError, match=r"here has other classes.* 2 in the weights, 3 in the data"
+    ):
+        require_same_classes(NAMES, (*NAMES, "emu"), "here")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
