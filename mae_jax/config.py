@@ -26,7 +26,13 @@ from mae_jax.models.targets import TARGETS
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
 from mae_jax.train.optimizers import OPTIMIZERS, hyperparameters
 
-TASKS = ("pretrain", "finetune", "scratch", "linear_probe")
+# Module and class in `tasks/`.
+TASKS = {
+    "pretrain": "pretrain.Pretrain",
+    "finetune": "finetune.Finetune",
+    "scratch": "finetune.Finetune",
+    "linear_probe": "linear_probe.LinearProbe",
+}
 MAE = ("pretrain",)
 TUNE = ("finetune",)
 CLASSIFY = ("finetune", "scratch")
@@ -52,7 +58,7 @@ class Field(NamedTuple):
     default: Any
     values: str | Collection[str]
     doc: str
-    tasks: tuple[str, ...] = TASKS
+    tasks: Collection[str] = TASKS
     free: bool = False
 
 

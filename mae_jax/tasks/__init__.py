@@ -1,5 +1,6 @@
 """What can be trained: one file a task, each a `train.task.Task`."""
 
+import importlib
 from collections.abc import Sequence
 
 from absl import logging
@@ -8,12 +9,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
 from mae_jax.models.spec import ModelSpec
-from mae_jax.tasks.finetune import Finetune
-from mae_jax.tasks.linear_probe import LinearProbe
-from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.train.task import Task
-
-_CLASSES = dict(pretrain=Pretrain, finetune=Finetune, scratch=Finetune, linear_probe=LinearProbe)
 
 
 def create_task(
@@ -26,5 +22,7 @@ def create_task(
     """The task that a validated config names; `examples` of the split make an epoch."""
     for line in config_lib.adjustments(config, examples):
         logging.info("%s", line)
+    module, name = config_lib.TASKS[config.task].split(".")
+    task = getattr(importlib.import_module(f"mae_jax.tasks.{module}"), name)
     spec = ModelSpec.from_config(config, classes or 0, class_names or ())
-    return _CLASSES[config.task](config, examples, spec, mesh)
+    return task(config, examples, spec, mesh)

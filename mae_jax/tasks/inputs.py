@@ -16,7 +16,7 @@ def open_splits(config: ConfigDict) -> Splits:
     train = open_source(data.name, data.dir, data.train_split)
     evaluation = open_source(data.name, data.dir, data.eval_split)
     classes = None
-    if config.task != "pretrain":
+    if config.task in config_lib.LABELS:
         need = f"task {config.task} learns from labels: choose a labelled data set"
         classes = common_classes(train, evaluation, "data", need)
         if config.head.classes not in (0, classes):
