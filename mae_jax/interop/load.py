@@ -69,7 +69,7 @@ def load_into(
         raise ValueError("the tree must hold its position tables (position_params)")
     if _encoder_words(theirs) != _encoder_words(model):
         raise UserError(
-            f"{source} holds an encoder of {_encoder_words(theirs)}; the model's has "
+            f"{source} holds an encoder of {_encoder_words(theirs)}; the model has "
             f"{_encoder_words(model)}. Set model.variant (or model.width, .depth, .heads) to match"
         )
     if "norm.weight" in wanted and "norm.weight" not in checkpoint.tensors:
