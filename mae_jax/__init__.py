@@ -9,11 +9,8 @@ __version__ = "0.1.0"
 
 
 class UserError(ValueError):
-    """Something a user can mend; the message names the field or file and the remedy.
-
-    Commands show the message alone and exit with status 2. Every other error is ours, and shows
-    its traceback.
-    """
+    """Something a user can mend; the message names the field or file and the remedy. Commands show
+    it alone and exit with status 2; other errors, ours, show a traceback."""
 
 
 def load(path: str, **overrides: Any) -> "Model":
@@ -21,12 +18,9 @@ def load(path: str, **overrides: Any) -> "Model":
 
     Args:
       path: weights in any format that is read: a workdir, an export of this project, official
-        `.pth`, timm, a Hugging Face folder.
+        `.pth`, timm, a Hugging Face folder. UserError: unreadable, or they lack something.
       overrides: what the weights do not tell of themselves, fields of `models.spec.ModelSpec` such
         as `heads`, `decoder_heads`, `target`, `image_size`, `mean`, `std`, `class_names`.
-
-    Raises:
-      UserError: weights that cannot be read, or that lack something.
     """
     from mae_jax.pretrained import Model  # jax is imported only now
 

@@ -49,8 +49,7 @@ class Field(NamedTuple):
 
     Attributes:
       default: its type is the field's. A float takes an integer too; a tuple's entries are alike.
-      values: of text, the choices; of a number, and of each entry of a tuple, the range in interval
-        notation: "-1 or [1, inf)".
+      values: choices of a text; range of a number or a tuple's entries, as "-1 or [1, inf)".
       tasks: that use it; the others refuse any value but the default.
       free: changes how the run is carried out, not what it computes: may change on resume.
     """

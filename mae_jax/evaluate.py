@@ -56,10 +56,8 @@ HEADER = f"| weights | data | images | top-1 % | top-5 % | loss | mCE % |\n|{'--
 class Scorer:
     """Scores data sets with one classifier; UserError where the weights have no head.
 
-    Args:
-      batch_size: pictures at once; rounded up to a multiple of the devices.
-      crop: crop over resized side; 0: 224/256 up to 224 px, else 1.
-      mesh: whose devices share each batch; None for all.
+    `batch_size` is rounded up to a multiple of the devices of `mesh` (None: all), which share
+    batches; `crop` is over the resized side, 0: 224/256 up to 224 px, else 1.
     """
 
     def __init__(
@@ -101,12 +99,8 @@ class Scorer:
         return require_same_classes(self._spec.class_names, source.class_names, where)
 
     def __call__(self, source: Source, *, subset: bool = False) -> dict[str, float]:
-        """Mean "top1", "top5" and "loss" over all "examples", and the number of "classes".
-
-        Args:
-          source: that passes `check`.
-          subset: whether only classes that occur in the set can be predicted.
-        """
+        """Mean "top1", "top5" and "loss" over all "examples", and the number of "classes". `source`
+        passes `check`; with `subset`, only classes that occur in the set can be predicted."""
         classes = self._spec.classes
         chosen = np.arange(classes, dtype=np.int32)
         if subset:
@@ -131,13 +125,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores the data sets of a benchmark; see the module's docstring, `Scorer`, `open_checkpoint`.
 
-    Args:
-      crop: 0 takes the benchmark's.
-      output: JSON file to write; empty for none.
-
-    Returns:
-      what the file holds: "weights", "settings", "sets" {name: scores}, their means, "mce" where
-      all corruptions were run, and "markdown", a row below `HEADER`. Accuracies are fractions.
+    `crop` 0 takes the benchmark's. Returned, and written to the JSON file `output` unless empty,
+    are "weights", "settings", "sets" {name: scores}, their means, "mce" where all corruptions were
+    run, and "markdown", a row below `HEADER`. Accuracies are fractions.
     """
     if len(benchmark.data) > 1 and data_dir:
         benchmarks.require_present(benchmark.data, data_dir)

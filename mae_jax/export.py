@@ -39,13 +39,9 @@ def run(
 ) -> pathlib.Path:
     """Exports `source` in `format`, one of `FORMATS`; returns the path of the weights.
 
-    Args:
-      overrides: see `open_checkpoint`.
-      licence: of the weights, for the model card.
-
-    Raises:
-      UserError: see `open_checkpoint`; the format cannot hold the model, `output` holds something,
-        or cannot be written. Then nothing is left there.
+    `overrides`: see `open_checkpoint`; `licence`: of the weights, for the card. UserError, with
+    nothing left in `output`: see `open_checkpoint`; the format cannot hold the model, `output`
+    holds something, or cannot be written.
     """
     directory = pathlib.Path(output)
     empty = directory.is_dir() and not any(directory.iterdir())

@@ -92,10 +92,8 @@ def plan(config: ConfigDict, topology: str) -> dict[str, object]:
 
 
 def read_program(text: str) -> tuple[int, dict[str, int]]:
-    """Estimated cycles and executed collectives of a compiled TPU program's text.
-
-    A `while` body counts as often as it runs: the constant its condition compares with.
-    """
+    """Estimated cycles and executed collectives of a compiled TPU program's text; a `while` body
+    counts as often as it runs: the constant its condition compares with."""
     _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
     marks, names, bodies = parts[::3], parts[1::3], parts[2::3]
     computations = dict(zip(names, bodies, strict=True))

@@ -27,13 +27,11 @@ Arrays = dict[str, np.ndarray]
 
 
 class Model:
-    """A model with its weights.
+    """A model with its weights: `spec` describes it, `source` what was read, `notes` what to know.
 
-    Every method takes `images`: uint8 [B, H, W, C] of the model's own size, used as they are; or
-    pictures of any size (paths, PIL images, uint8 arrays [H, W, C]), of which the evaluation crop
-    is taken as by `mae-jax features`, upright as their EXIF orientation asks.
-
-    `spec` describes the model, `source` says what was read, `notes` what to know of it.
+    Methods take `images`: uint8 [B, H, W, C] of the model's own size, used as they are; or pictures
+    of any size (paths, PIL images, uint8 arrays [H, W, C]), of which the evaluation crop is taken
+    as by `mae-jax features`, upright as their EXIF orientation asks.
     """
 
     def __init__(self, path: str | os.PathLike, **overrides: Any):
@@ -56,19 +54,15 @@ class Model:
         return self.spec.class_names
 
     def encode(self, images: Pictures) -> Arrays:
-        """Features of whole pictures, float32, as `mae-jax features` writes them.
-
-        They are "cls" [B, D], "mean" [B, D] over patches, and "tokens" [B, 1 + L, D].
-        """
+        """Features of whole pictures, float32, as `mae-jax features` writes them: "cls" [B, D],
+        "mean" [B, D] over patches, and "tokens" [B, 1 + L, D]."""
         return self._run(self._features, self.pixels(images))
 
     def reconstruct(self, images: Pictures, mask_ratio: float = 0.75, seed: int = 0) -> Arrays:
         """Pictures with random patches removed and predicted, as `mae-jax visualize` draws them.
 
-        Returns:
-          "pixels" [B, H, W, C] uint8, removed patches as predicted, the others as they are; "mask"
-          [B, L], 1 = removed; "loss" [B] float32 over the removed patches. No "pixels" where the
-          decoder predicts something that has no way back to them.
+        "pixels" [B, H, W, C] uint8, only removed patches changed (none where the decoder's target
+        has no way back to them); "mask" [B, L], 1 = removed; "loss" [B] float32 over removed ones.
         """
         patches = self.spec.grid[0] * self.spec.grid[1]
         if not (0 < mask_ratio < 1 and 0 < num_kept(patches, mask_ratio) < patches):

@@ -44,11 +44,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Writes `results.json` of a finished supervised run, and returns what it holds.
 
-    To be called in one process, after the metrics are written. Accuracies are fractions;
-    `parameters` counts frozen ones too.
-
-    Raises:
-      ValueError: no evaluation of the last step in the metrics.
+    Call it in one process, after the metrics are written: ValueError where they lack an evaluation
+    of the last step. Accuracies are fractions; `parameters` counts frozen ones too.
     """
     path = pathlib.Path(workdir)
     final = evaluation_at(path, steps)
@@ -103,10 +100,8 @@ def markdown_row(runs: list[dict[str, Any]]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table of many runs; rows in the order in which they first appear.
-
-    Rows that look alike but are of different configs are told apart in notes below the table.
-    """
+    """The Markdown table of many runs, rows as they first appear. Rows that look alike but are of
+    different configs are told apart in notes below the table."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(json.dumps(_identity(result), sort_keys=True), []).append(result)

@@ -8,10 +8,8 @@ import numpy as np
 def resize_positions(
     table: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> np.ndarray:
-    """Interpolates a position table [1, 1 + L, D] to another grid; the class row stays.
-
-    Bicubic as PyTorch computes it (a = -0.75, no antialias): what the official fine-tuning does.
-    """
+    """Interpolates a position table [1, 1 + L, D] to another grid, the class row kept: bicubic as
+    PyTorch computes it (a = -0.75, no antialias), as in the official fine-tuning."""
     if old_grid == new_grid:
         return table
     width = table.shape[-1]
@@ -24,9 +22,8 @@ def resize_positions(
 def resize_patches(kernel: np.ndarray, patch_size: int) -> np.ndarray:
     """Fits a patch embedding [D, C, q, q] to patches of p x p pixels: [D, C, p, p].
 
-    The new kernel gives an enlarged patch the embedding that the old one gives the patch itself,
-    as nearly as least squares can: the pseudo-inverse of the resize (FlexiViT, arXiv 2212.08013,
-    section 3.4).
+    An enlarged patch gets the embedding the patch itself had, as nearly as least squares can: the
+    pseudo-inverse of the resize (FlexiViT, arXiv 2212.08013, section 3.4).
     """
     old = kernel.shape[-1]
     if old == patch_size:
@@ -41,11 +38,8 @@ def resize_patches(kernel: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def change_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Fits a patch embedding [D, C, p, p] to another number of input channels.
-
-    One channel gets the sum, so that a grey picture is seen as its colour copy was. More get the
-    old ones in turn, scaled so that the embedding keeps its size.
-    """
+    """Fits a patch embedding [D, C, p, p] to other channels. One gets the sum (grey is seen as its
+    colour copy was); more get the old ones in turn, scaled so that the embedding keeps its size."""
     old = kernel.shape[1]
     if channels == old:
         return kernel

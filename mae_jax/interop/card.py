@@ -21,9 +21,7 @@ def write_card(
     directory: pathlib.Path, spec: ModelSpec, facts: Mapping[str, object], form: str, load: str
 ) -> None:
     """Writes a README.md: `form` is in what form the folder holds the model, `load` Python lines.
-
-    `facts` are of the training, in the order to be shown; `licence` replaces the general paragraph.
-    """
+    `facts` of the training are in the order shown; `licence` replaces the general paragraph."""
     kind = "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
     kind = "Vision Transformer image classifier" if spec.classes else kind
     facts = dict(facts)

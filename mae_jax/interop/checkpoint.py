@@ -56,16 +56,11 @@ class Checkpoint:
 def open_checkpoint(
     path: PathLike, *, fallback: ModelSpec | None = None, **overrides: Any
 ) -> Checkpoint:
-    """Reads weights, whatever their format.
+    """Reads weights of any format: a file, a Hugging Face or timm folder, an export or a workdir.
 
-    Args:
-      path: a file, a Hugging Face or timm folder, an export or a workdir of this project.
-      fallback: the model the weights are for, believed where the source does not tell.
-      overrides: fields of `ModelSpec` that the source does not tell (`heads`, `image_size`,
-        `target`, `mean`, `std` ...).
-
-    Raises:
-      UserError: no weights of a ViT or MAE, damaged, hostile, or with NaN in them.
+    `fallback` is the model the weights are for, believed where the source does not tell;
+    `overrides` are fields of `ModelSpec` that it does not tell (`heads`, `image_size`, `target`,
+    `mean` ...). UserError: no weights of a ViT or MAE, damaged, hostile, or with NaN in them.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists():

@@ -10,14 +10,11 @@ from mae_jax import UserError
 def require_same_classes(
     model: Sequence[str] | None, data: Sequence[str] | None, where: str
 ) -> str:
-    """Refuses class names that differ or come in another order.
+    """Refuses class names that differ or are in another order; a note where none compare, else "".
 
     Case and the difference of spaces, hyphens and underscores do not count. Names that only number
     the classes (`LABEL_3`) say nothing. WordNet ids on one side alone (TFDS calls ImageNet's
     classes n01440764, others call them tench) cannot be compared.
-
-    Returns:
-      a note where there was nothing to compare, else an empty string.
     """
     model, data = informative(model), informative(data)
     if not model or not data:

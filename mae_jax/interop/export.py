@@ -32,10 +32,8 @@ _PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as image-processor configs wri
 
 
 def export_encoder(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
-    """Writes the encoder, or the classifier where there is a head, as timm names it.
-
-    A decoder is left out; from `config.json` timm builds the model at its own image size.
-    """
+    """Writes the encoder, or the classifier where there is a head, as timm names it, no decoder;
+    from `config.json` timm builds the model at its own image size."""
     directory, spec = Path(directory), spec.without_decoder()
     path = directory / (CLASSIFIER_FILE if spec.classes else ENCODER_FILE)
     tensors = to_official(params, spec, include_decoder=False)
@@ -71,11 +69,8 @@ def export_official(params: Params, directory: PathLike, spec: ModelSpec, facts:
 
 
 def export_hugging_face(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
-    """Writes a folder for `from_pretrained` of transformers 4 and 5.
-
-    Encoder and decoder become ViTMAEForPreTraining, an encoder alone ViTMAEModel, a classifier on
-    the class token ViTForImageClassification.
-    """
+    """Writes a folder for `from_pretrained` of transformers 4 and 5: ViTMAEForPreTraining,
+    ViTMAEModel (encoder alone) or ViTForImageClassification (classifier on the class token)."""
     config = hugging_face_config(spec)
     directory = Path(directory)
     path = directory / HF_FILE

@@ -16,14 +16,10 @@ _DECODER_HEADS = {512: 16}
 def infer_spec(
     tensors: Tensors, where: str, fallback: ModelSpec | None = None, **stated: object
 ) -> ModelSpec:
-    """Reads the description of a model off official tensors.
+    """Reads the description of a model off official tensors; `stated` fields must agree with them.
 
-    The heads of a decoder of unusual width stay unknown (0): whoever builds it has to ask.
-
-    Args:
-      fallback: a model whose heads, image shape and statistics are taken where nothing else tells
-        them: the one the weights are loaded into.
-      stated: fields that the file's config or its user tells; other tensors are an error.
+    `fallback` gives heads, image shape and statistics where nothing else tells them. The heads of a
+    decoder of unusual width stay unknown (0): whoever builds it has to ask.
     """
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         if name not in tensors:

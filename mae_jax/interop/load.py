@@ -43,20 +43,16 @@ class LoadReport:
 def load_into(
     params: Params, path: PathLike, model: ModelSpec, *, parts: str = "all", **overrides: Any
 ) -> tuple[Params, LoadReport]:
-    """Replaces the values of an initialised tree by those of a checkpoint.
+    """An initialised tree with its values replaced by a checkpoint's (these are numpy arrays).
 
     Adapted are position tables, channels and patch size. A decoder, `fc_norm` and `head` that the
     file lacks stay at their initial values, as does a head of other classes.
 
     Args:
-      params: of the model about to run: `encoder` with or without `decoder`, `fc_norm`, `head`, its
-        position tables among them.
+      params: `encoder` with or without `decoder`, `fc_norm`, `head`, position tables among them.
       path, overrides: see `open_checkpoint`.
-      model: describes that model, and the checkpoint where that does not tell.
+      model: describes `params`, and the checkpoint where that does not tell.
       parts: "encoder" leaves the decoder at its initial values.
-
-    Returns:
-      the new tree, of numpy arrays where values came from the file.
     """
     if parts not in PARTS:
         raise UserError(f"parts {parts!r}: choose one of {', '.join(PARTS)}")

@@ -99,11 +99,8 @@ def is_hugging_face(names: Iterable[str]) -> bool:
 
 
 def from_hugging_face(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Hugging Face names -> official names; query, key and value become one tensor.
-
-    Takes files of a bare ViTMAEModel or ViTModel (no `vit.`) too. Unknown names are kept as they
-    are, for the caller to refuse.
-    """
+    """Hugging Face names, of bare models (no `vit.`) too -> official names; query, key and value
+    become one tensor. Unknown names are kept, for the caller to refuse."""
     official: dict[str, np.ndarray] = {}
     split: dict[str, dict[str, np.ndarray]] = {}  # fused name -> q, k, v
     for original, tensor in tensors.items():

@@ -18,11 +18,8 @@ _PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
 def read_workdir(workdir: pathlib.Path) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
-    """The newest whole checkpoint of a run: parameters, description, facts for a card, notes.
-
-    The parameters are the moving average where the run keeps one, with those that were frozen. The
-    batch norm of a linear probe is absorbed into its head.
-    """
+    """The newest whole checkpoint of a run: parameters (averages where kept, frozen ones too, batch
+    norm absorbed into a probe's head), description, facts for a card, notes."""
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
     averaged = state["ema"] is not None

@@ -65,11 +65,10 @@ if __name__ == "__main__":
 
 
 def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) -> pathlib.Path:
-    """Writes the model with its weights and its input normalisation as one function.
+    """Writes weights and input normalisation as one function of uint8 images [b, H, W, C], any b.
 
-    uint8 images [b, H, W, C] of any batch size b -> what `inference.features_function` gives.
-    Beside the file lie a loader that needs jax and numpy alone (it brings the reader for the format
-    of `jax.export`, 30 kB) and a model card.
+    It gives what `inference.features_function` does. Beside it lie a model card and a loader that
+    needs jax and numpy alone (it brings the 30 kB reader for the format of `jax.export`).
     """
     spec = checkpoint.spec
     params = checkpoint.params(decoder=False)

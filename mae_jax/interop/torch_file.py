@@ -124,11 +124,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict of a file written by `torch.save` (PyTorch 1.6 or newer).
-
-    It is the file's only content, or its `model` or `state_dict` entry. Tensors come in the types
-    they are stored in.
-    """
+    """The state dict of a file written by `torch.save` (PyTorch 1.6 or newer): its only content, or
+    its `model` or `state_dict` entry, in the types stored."""
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive)

@@ -16,14 +16,10 @@ Params = dict[str, Any]
 def to_official(
     params: Params, spec: ModelSpec, *, include_decoder: bool = True
 ) -> dict[str, np.ndarray]:
-    """Parameters -> official tensors.
+    """Parameters of `MAE` or a classifier -> official tensors; `include_decoder` False is for timm.
 
     Linear weights are [out, in], the patch convolution is [D, C, p, p], all float32. The position
     tables, which official files store, are those of the tree, or the fixed sine-cosine table.
-
-    Args:
-      params: the tree of `MAE`, or of a classifier (`encoder`, `fc_norm`, `head`).
-      include_decoder: False leaves out the decoder with its mask token, as timm needs it.
     """
     tensors = {
         name: np.asarray(x, np.float32, order="C")

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
+    """Scaled dot-product attention of [B, N, heads, head_dim], softmax in float32; typed like `v`.
 
-    A plain einsum: at the 50 to 257 tokens of MAE the compiler's fusion of this form is as good as
-    a hand-written kernel, and it runs everywhere.
-
-    `q`, `k`, `v` and the result are [B, N, heads, head_dim]; the result has the type of `v`.
+    A plain einsum: at MAE's 50 to 257 tokens the compiler fuses it as well as a kernel by hand.
     """
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)

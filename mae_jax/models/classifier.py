@@ -12,13 +12,10 @@ BATCH_NORM_EPS = 1e-6  # of the linear probe, as in the reference's main_linprob
 
 
 class Classifier(nn.Module):
-    """ViT encoder, pooling, linear head.
+    """ViT encoder, pooling, linear head; `head_std` is of the head's initial weights.
 
-    Attributes:
-      pool: `mean` of the patch tokens, then a layer norm of its own (`fc_norm`) instead of the
-        encoder's; `cls`: the class token after the encoder's final norm; `normed_mean`: the mean
-        of patch tokens after it.
-      head_std: of the head's initial weights.
+    `pool` is `mean` of the patch tokens, then a layer norm of its own (`fc_norm`) instead of the
+    encoder's; `cls`, the class token, or `normed_mean`, of patch tokens, after the encoder's norm.
     """
 
     encoder: ViT
@@ -51,10 +48,8 @@ def pool_tokens(tokens: jax.Array, pool: str) -> jax.Array:
 
 
 def absorb_batch_norm(head: dict, statistics: dict) -> dict:
-    """A head (kernel [D, K], bias [K]) that does what batch norm without affine and `head` do.
-
-    `statistics` are the features' running mean [D] and var [D].
-    """
+    """A head (kernel [D, K], bias [K]) that does what batch norm without affine (`statistics`:
+    running mean [D] and var [D]) and `head` do."""
     kernel = head["kernel"] * jax.lax.rsqrt(statistics["var"] + BATCH_NORM_EPS)[:, None]
     shift = linear_head({"kernel": kernel, "bias": 0.0}, statistics["mean"])
     return {"kernel": kernel, "bias": head["bias"] - shift}

@@ -1,7 +1,4 @@
-"""Analytic matrix-multiply work, the basis of MFU.
-
-Compiler counts are not used: they count the body of a scan once.
-"""
+"""Analytic matrix-multiply work, the basis of MFU (compilers count the body of a scan once)."""
 
 from mae_jax.models.mae import MAE
 from mae_jax.models.masking import num_kept
@@ -37,10 +34,7 @@ def encoder_forward_macs(encoder: ViT, kept: int | None = None) -> int:
 
 
 def train_flops(forward_macs: int, tuned_macs: int | None = None) -> int:
-    """FLOPs of a training step per image: two per multiply-add, backward twice the forward.
-
-    Args:
-      tuned_macs: the part of `forward_macs` that gradients run back through; None: all of it.
-    """
+    """FLOPs of a training step per image: two per multiply-add, backward twice the forward of the
+    part `tuned_macs` that gradients run back through (None: all)."""
     tuned_macs = forward_macs if tuned_macs is None else tuned_macs
     return 2 * forward_macs + 2 * 2 * tuned_macs

@@ -1,8 +1,5 @@
-"""Models applied to pixels: pure functions of parameters and uint8 images.
-
-Parameters hold the position table (`position_params`), so one function serves fixed positions,
-trained ones, and those of another image size.
-"""
+"""Models applied to pixels: pure functions of uint8 images and of parameters that hold the position
+table (`position_params`): fixed, trained, or of another image size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,16 +33,12 @@ def classify_function(
 def features_function(
     spec: ModelSpec, *, block: int = 0, dtype: jnp.dtype = jnp.float32
 ) -> Callable[[Params, jax.Array], Features]:
-    """(parameters, images [B, H, W, C] uint8) -> features, float32.
+    """(parameters, images [B, H, W, C] uint8) -> features, float32, after `block` blocks (0: all).
 
     They are {"cls": [B, D], "mean": [B, D] over patches, "tokens": [B, 1 + L, D]}, and "logits"
     [B, K] where there is a head and all blocks run. Where the head has a norm of its own
-    (`fc_norm`), "mean" has passed it.
-
-    Args:
-      block: the number of blocks to run, 1 to depth; 0 runs all. The final norm follows whichever
-        block is the last (as timm's `forward_intermediates(norm=True)`); weights fine-tuned on the
-        mean token have no final norm, so nothing follows.
+    (`fc_norm`), "mean" has passed it. The final norm follows whichever block is the last (as timm's
+    `forward_intermediates(norm=True)`); weights fine-tuned on the mean token have none.
     """
     if not 0 <= block <= spec.depth:
         raise UserError(f"block {block}: the encoder has blocks 1 to {spec.depth}")
@@ -88,11 +81,8 @@ def reconstruct(
 ) -> dict[str, jax.Array]:
     """Images [B, H, W, C] uint8 with their removed patches as the model predicts them.
 
-    Visible patches are those of the image: the loss never asks for a prediction there.
-
-    Returns:
-      "pixels" [B, H, W, C] uint8, "mask" [B, L] (1 = removed), "loss" [B] over the removed patches;
-      no "pixels" where the target has no way back to them.
+    "pixels" [B, H, W, C] uint8 (visible patches are the image's; none where the target has no way
+    back to pixels), "mask" [B, L] (1 = removed), "loss" [B] over the removed patches.
     """
     x = normalize(images, mean, std)
     output = model.apply({"params": params}, x, masking)

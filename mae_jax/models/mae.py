@@ -77,8 +77,6 @@ class MAE(nn.Module):
 
 
 def masked_mean(error: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `error` [B, L] over the removed patches of each image (`mask` [B, L] is 1): [B].
-
-    All images have equally many, so the mean over images is that over all removed patches.
-    """
+    """Mean of `error` [B, L] over each image's removed patches (`mask` [B, L] is 1): [B]. All
+    images have equally many, so the mean over images is that over all removed patches."""
     return (error * mask).sum(axis=-1) / mask.sum(axis=-1)

@@ -30,10 +30,8 @@ SAMPLERS: dict[str, Sampler] = {"random": random_scores}
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
-    """Patches that stay visible: `int(L * (1 - ratio))` in floats, as in the reference.
-
-    The truncation includes the rounding error of `1 - ratio`: (200, 0.8) keeps 39, not 40.
-    """
+    """Patches that stay visible: `int(L * (1 - ratio))` in floats, as in the reference, rounding
+    error of `1 - ratio` included: (200, 0.8) keeps 39, not 40."""
     return int(num_patches * (1 - ratio))
 
 

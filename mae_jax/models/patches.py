@@ -19,10 +19,8 @@ def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) 
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts images [B, H, W, C] into patches [B, L, p*p*C].
-
-    Patches are in row-major order; inside a patch the order is (row, column, channel).
-    """
+    """Cuts images [B, H, W, C] into patches [B, L, p*p*C], in row-major order; inside a patch the
+    order is (row, column, channel)."""
     b, h, w, c = images.shape
     p = patch_size
     x = images.reshape(b, h // p, p, w // p, p, c)

@@ -52,10 +52,8 @@ def sincos_position_table(width: int, grid: tuple[int, int]) -> np.ndarray:
 
 
 def product(x: jax.Array, kernel: jax.Array, dimensions: tuple, dtype: jnp.dtype) -> jax.Array:
-    """`lax.dot_general` with a result in `dtype`: in float32 the sums of a bfloat16 product.
-
-    The cotangent is rounded to the type of x, so that backwards too all factors are bfloat16.
-    """
+    """`lax.dot_general` with a result in `dtype` (float32: the sums of a bfloat16 product); the
+    cotangent is rounded to the type of x, so that backwards too all factors are bfloat16."""
     dot = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
     forward = functools.partial(dot, preferred_element_type=dtype)
 
@@ -154,10 +152,8 @@ def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `path_scale` [2, B] multiplies what its two branches add.
-
-    The branches are computed in `dtype`; their sum with x keeps the type of x.
-    """
+    """Pre-norm transformer block; `path_scale` [2, B] multiplies what its two branches, computed in
+    `dtype`, add to x; the sum keeps the type of x."""
 
     heads: int
     dtype: jnp.dtype
@@ -263,10 +259,8 @@ class ViT(nn.Module):
     ) -> jax.Array:
         """Tokens [B, 1 + K, D] in the residual type, the class token first.
 
-        Args:
-          images: [B, H, W, C] float, normalised.
-          ids_keep: [B, K] patches to encode; None encodes all L in their order.
-          path_scale: [depth, 2, B], see `drop_path_scale`; None drops nothing.
+        Images are [B, H, W, C] float, normalised; `ids_keep` [B, K] the patches to encode (None:
+        all L in order); `path_scale` [depth, 2, B] is `drop_path_scale`'s (None drops nothing).
         """
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:

@@ -41,9 +41,7 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
 class BaseTask:
     """Most of a `train.task.Task` on a ViT; a task adds `init`, two steps, `train_flops_per_image`.
 
-    Args:
-      examples: of the training split, an epoch.
-      spec, encoder: of the model that is trained or probed, as it is exported.
+    `examples` are an epoch's; `spec`, `encoder` of the model trained or probed, as it is exported.
     """
 
     metric_names = ("loss", "grad_norm", "lr")

@@ -75,10 +75,8 @@ class Finetune(BaseTask):
         return create_state(params, self.optimizer, keep_ema=self.ema_decay > 0, frozen=frozen)
 
     def augmented(self, batch: dict, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the model is trained on, a function of (seed, step, position in the global batch).
-
-        Images [B, H, W, C] float32, normalised; targets [B, classes]; keys [B] for the model.
-        """
+        """Images [B, H, W, C] float32, normalised; targets [B, classes]; keys [B] for the model: a
+        function of (seed, step, position in the global batch)."""
         images, augment = batch["image"], self.augment
         keys = self.keys(TRAIN, step, images)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # [B, 3]

@@ -136,11 +136,8 @@ class LinearProbe(BaseTask):
 
 
 def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, parts: int) -> jax.Array:
-    """`function(x)` for a function of rows [B, ...] -> [B, ...], computed in so many parts.
-
-    Every part takes rows a, a + parts, a + 2 * parts, ... so that a batch split over devices
-    stays where it is.
-    """
+    """`function(x)`, of rows [B, ...] -> [B, ...], in so many parts of rows a, a + parts, a + 2 *
+    parts, ... so that a batch split over devices stays where it is."""
     rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
     y = jax.lax.map(function, jnp.swapaxes(rows, 0, 1))  # [parts, B / parts, ...]
     return jnp.swapaxes(y, 0, 1).reshape(x.shape[0], *y.shape[2:])

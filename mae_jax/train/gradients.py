@@ -1,8 +1,7 @@
 """Gradients of a global batch: each device runs its own examples, then sums are exchanged.
 
-Written as the program of one device (`shard_map`), because a compiler that is left to place the
-sums over devices puts them right behind every matrix product: in the type of the product, and
-once for every part of an accumulated batch.
+Written for one device (`shard_map`): left to place the sums, the compiler puts them behind every
+matrix product, in the product's type and once for every part of an accumulated batch.
 """
 
 from collections.abc import Callable
@@ -34,16 +33,14 @@ def gradients(
 ) -> tuple[Any, Metrics]:
     """Mean gradients by `state.params`, float32, laid out as these; mean metrics, "loss" included.
 
-    Split parameters are gathered once a step. Their gradients are summed over `fsdp` as soon as
-    each is known, every device keeping its slice, and over `data` once a step; the gradients of
-    whole parameters are summed over both once a step.
+    Split parameters are gathered once a step, matrices in `compute_dtype`. Their gradients are
+    summed over `fsdp` as soon as each is known, and over `data` once a step; those of whole
+    parameters over both once a step; matrices' in `reduce_dtype`.
 
     Args:
       loss_fn: run on the examples of one device and part: it may not mix examples.
       batch: arrays [B, ...]; B divisible by devices times `parts`.
       parts: how many times a device runs a share of its examples, one after the other.
-      compute_dtype: in which matrices of the encoder and decoder are gathered.
-      reduce_dtype: in which gradients of matrices are summed over devices.
     """
 
     trees = (state.params, state.frozen, state.extra)

@@ -71,17 +71,15 @@ def train(
 ) -> tuple[TrainState, int]:
     """Steps `start_step` to `total_steps`: the state, and the steps done (fewer after a stop).
 
+    UserError: names the first step with a loss or gradient norm that is not finite.
+
     Args:
       step_fn: compiled; may reuse the memory of the state it is given.
       batches: device batches, the first one for `start_step`.
       report: takes every finished interval, one interval late, and returns the line to show.
-      actions: run in order after a step; before any runs, the interval is checked for NaN, so
-        that nothing is ever saved from a broken state.
+      actions: run in order after a step, after a check for NaN: no broken state is ever saved.
       stop_requested: asked after every step with the number of steps done; True ends the run.
       on_stop: called in that case with the state to save.
-
-    Raises:
-      UserError: naming the first step with a loss or gradient norm that is not finite.
     """
     previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None

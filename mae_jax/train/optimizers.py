@@ -17,11 +17,8 @@ Mask = Callable[[optax.Params], optax.Params]
 def warmup_cosine(
     *, base_lr: float, batch_size: int, warmup_steps: int, total_steps: int, min_lr: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up from exactly 0 to base_lr * batch_size / 256, then half a cosine to `min_lr`.
-
-    Raises:
-      UserError: the warm-up is as long as the run or longer.
-    """
+    """Linear warm-up from exactly 0 to base_lr * batch_size / 256, then half a cosine to `min_lr`;
+    UserError where the warm-up is as long as the run or longer."""
     if warmup_steps >= total_steps:
         raise UserError(
             f"the warm-up takes {warmup_steps} of {total_steps} steps: lower optim.warmup_epochs "
@@ -55,11 +52,10 @@ def adamw(
 def lars(
     schedule: optax.Schedule, mask: Mask, *, momentum: float, trust: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """LARS as linear probing uses it (paper table 10).
+    """LARS as linear probing uses it (paper table 10): decay, trust ratio, momentum, learning rate.
 
-    Order: decay, trust ratio, momentum, learning rate. `optax.lars` multiplies by the learning
-    rate before the momentum, which is another optimizer while the rate moves. Where `mask` says
-    no there is neither decay nor trust ratio. The ratio is 1 where a norm is 0.
+    `optax.lars` has the last two the other way round: another optimizer while the rate moves. Where
+    `mask` says no there is neither decay nor trust ratio. The ratio is 1 where a norm is 0.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
@@ -81,11 +77,8 @@ def hyperparameters(name: str) -> list[str]:
 def create(
     name: str, schedule: optax.Schedule, fields: Mapping[str, Any], *, mask: Mask = decays
 ) -> optax.GradientTransformation:
-    """The optimizer of that name, after clipping by the global norm.
-
-    Args:
-      fields: `clip_norm` (0 clips nothing) and the optimizer's `hyperparameters` among others.
-    """
+    """The optimizer of that name, after clipping by the global norm; among `fields` are `clip_norm`
+    (0 clips nothing) and the optimizer's `hyperparameters`."""
     own = {field: fields[field] for field in hyperparameters(name)}
     optimizer, norm = OPTIMIZERS[name](schedule, mask, **own), fields["clip_norm"]
     return optax.chain(optax.clip_by_global_norm(norm), optimizer) if norm else optimizer
@@ -109,11 +102,8 @@ def layer_scales(params: optax.Params, depth: int, decay: float) -> optax.Params
 
 
 def scale_by_layer(depth: int, decay: float) -> optax.GradientTransformation:
-    """Multiplies final updates by `layer_scales`.
-
-    Placed last, so that weight decay and the schedule's `min_lr` are scaled as well: PyTorch
-    scales the learning rate of a parameter group, and with it all that is multiplied by it.
-    """
+    """Multiplies final updates by `layer_scales`: placed last, it scales weight decay and `min_lr`
+    too, as PyTorch's learning rate of a parameter group does."""
 
     def update(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, depth, decay))

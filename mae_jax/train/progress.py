@@ -19,11 +19,8 @@ def _on_terminal() -> bool:
 
 
 def with_clock(what: str, function: Callable[[], T]) -> T:
-    """`function()`, with the seconds it takes on a terminal.
-
-    It runs in a thread of its own, because Python hears of Ctrl-C between two of its own lines
-    only, and a compiler is one line of a minute.
-    """
+    """`function()`, with its seconds shown on a terminal; in a thread, as Python hears of Ctrl-C
+    only between two of its own lines, and a compiler is one line of a minute."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:

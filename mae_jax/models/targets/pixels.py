@@ -44,10 +44,7 @@ class NormPixel(Target):
 
 
 def _statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each patch over all its values: [B, L, 1] each.
-
-    The variance is the unbiased one (n - 1), as in the reference.
-    """
+    """Mean and standard deviation (unbiased, n - 1, as the reference) of each patch: [B, L, 1]."""
     mean = patches.mean(axis=-1, keepdims=True)
     var = patches.var(axis=-1, keepdims=True, ddof=1)
     return mean, jnp.sqrt(var + NORM_PIXEL_EPS)
