@@ -15,10 +15,7 @@ ERASE_TRIES = 10
 
 
 def soft_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Labels, int [B] in [0, K), as smoothed distributions over the K classes: float32 [B, K].
-
-    With a smoothing of s: 1 - s + s / K at the label, s / K elsewhere.
-    """
+    """Labels, int [B], smoothed by s: float32 [B, K], 1 - s + s / K at the label, else s / K."""
     one_hot = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     return one_hot * (1 - smoothing) + smoothing / classes
 
@@ -27,12 +24,8 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> ja
     """Replaces a box of some images by noise, N(0, 1) in every value (timm's mode `pixel`).
 
     The box's area is uniform, its aspect ratio log-uniform, its place uniform. Where none of ten is
-    smaller than the picture in both directions, nothing is erased.
-
-    Args:
-      images: float [B, H, W, C], normalised; the result has the same shape and dtype.
-      keys: [B].
-      probability: that an image is erased.
+    smaller than the picture in both directions, nothing is erased. `images`: float [B, H, W, C],
+    normalised, like the result; `keys`: [B]; `probability`: that an image is erased.
     """
     return jax.vmap(_erase, in_axes=(0, 0, None))(images, keys, probability)
 
@@ -74,20 +67,16 @@ def mix(
 
     Neighbours in the batch form groups. A group draws one of the two ways and one lambda, and is
     mixed with itself reversed: timm's mode `batch`, where the group is the batch of one GPU (16 to
-    32 images in the reference).
+    32 images in the reference). Gives images and targets of the same shapes and dtypes: lambda of
+    each example's own, 1 - lambda of its partner's; under cutmix, lambda is the share of the
+    picture outside the box.
 
     Args:
-      images: float [B, H, W, C].
-      targets: float [B, K], distributions over classes.
-      keys: [B / group], one per group.
+      images, targets, keys: float [B, H, W, C], distributions [B, K], and one key per group.
       mixup_alpha, cutmix_alpha: lambda ~ Beta(alpha, alpha); 0 switches one of the ways off.
       probability: that a group is mixed at all.
       switch_probability: of cutmix, where both ways are on.
       group: images in a group; even, and a divisor of B.
-
-    Returns:
-      images and targets, same shapes and dtypes: lambda of each example's own, 1 - lambda of its
-      partner's. Under cutmix, lambda is the share of the picture outside the box.
     """
     _, height, width, channels = images.shape
     cutmix_share = switch_probability if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
@@ -123,11 +112,8 @@ def cutmix_box(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The box of cutmix: 1 - lam of the picture's area and its shape, cut off at the borders.
 
-    Args:
-      y, x: int scalars, the pixel the box is centred on.
-
-    Returns:
-      top, bottom, left, right: int scalars, pixels; bottom and right are one past the last.
+    About the pixel (y, x): top, bottom, left, right, int scalars; bottom and right are one past the
+    last pixel.
     """
     side = jnp.sqrt(1 - lam)
     h, w = (height * side).astype(jnp.int32), (width * side).astype(jnp.int32)

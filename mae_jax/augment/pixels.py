@@ -5,12 +5,7 @@ import jax.numpy as jnp
 
 
 def example_keys(key: jax.Array, step: jax.Array | int, positions: jax.Array) -> jax.Array:
-    """Keys [B], the same on any number of devices: functions of (key, step, position) alone.
-
-    Args:
-      key: the run's key for this purpose.
-      positions: int32 [B], places of the examples in the global batch of that step.
-    """
+    """Keys [B] of (key, step, int32 positions [B] in the global batch) alone, on any devices."""
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions)
 

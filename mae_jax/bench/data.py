@@ -84,10 +84,7 @@ def main(config: ConfigDict) -> None:
 
 
 def _cost(splits: Splits, start_step: int) -> np.ndarray:
-    """Seconds on the wall, and of all threads and workers, that the batches of a round take: [2].
-
-    In the middle of a run: neither the start of workers nor what is made ahead counts.
-    """
+    """Seconds [2], wall and of all threads and workers, that a round's batches take, in mid-run."""
     positions = np.arange(splits.batch_size)
     with splits.train_batches(positions, start_step, sys.maxsize) as batches:
         next(batches)

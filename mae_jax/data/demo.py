@@ -1,12 +1,10 @@
-"""The embedded default: crops of eight photographs that ship with scikit-image and scikit-learn.
+"""The embedded default, a toy that needs no download: crops of eight photographs.
 
-It needs no download and no account, and it is a toy: a model trained on it knows eight photographs.
-
-The photographs and whom to thank. In scikit-image: astronaut (NASA, public domain), chelsea the cat
-(Stefan van der Walt, CC0), coffee (Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0), rocket
-(SpaceX, public domain), retina (Mikael Häggström, CC0), tissue (immunohistochemistry, Center for
-Microscopy and Molecular Imaging, no known copyright restrictions). In scikit-learn, both CC-BY 2.0
-from flickr.com: pagoda (china.jpg, danielbuechele) and flower (flower.jpg, vultilion).
+Whom to thank for them. In scikit-image: astronaut (NASA, public domain), chelsea the cat (Stefan
+van der Walt, CC0), coffee (Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0), rocket (SpaceX,
+public domain), retina (Mikael Häggström, CC0), tissue (immunohistochemistry, Center for Microscopy
+and Molecular Imaging, no known copyright restrictions). In scikit-learn, both CC-BY 2.0 from
+flickr.com: pagoda (china.jpg, danielbuechele) and flower (flower.jpg, vultilion).
 """
 
 import functools

@@ -24,9 +24,8 @@ SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation"
 def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
     """Paths of all pictures below `folder`, relative to it; `field` names it in errors.
 
-    Folders come after the files beside them, both sorted by name. Links are followed, hidden files
-    and folders are not looked at. How many files were left out for their suffix is logged. Raises
-    UserError: no such folder, or no picture in it.
+    Sorted, folders after the files beside them. Links are followed, hidden names are not; other
+    suffixes are counted in the log. Raises UserError: no such folder, or no picture in it.
     """
     root = _existing(folder, field)
     names: list[str] = []
@@ -59,12 +58,9 @@ def _existing(folder: str | os.PathLike, field: str) -> str:
 
 
 class PictureFiles:
-    """Picture files as a source of records.
+    """Picture files as a source: names [n] below `root` (``.npy``: uint8 [H, W, C]), labels [n].
 
-    Args:
-      names: [n] paths below `root`; ``.npy`` files hold uint8 [H, W, C].
-      labels: [n]; None where there are none.
-      split: how records are named: ``folder/SPLIT#INDEX (PATH)``; empty: by their paths alone.
+    Records are named ``folder/SPLIT#INDEX (PATH)``, or by their paths alone where `split` is empty.
     """
 
     name = "folder"
@@ -114,10 +110,10 @@ class PictureFiles:
 def open_folder(data_dir: str, split: str) -> PictureFiles:
     """Pictures in ``data_dir/<split>/<class>/``, or unlabelled in ``data_dir/<split>/``.
 
-    A split folder may be called ``val`` for ``validation``, in any case. Without any split folder
-    ``data_dir`` itself holds the pictures (or class folders), and every 50th in sorted order is
-    `validation`. Classes are the sub-folders in sorted order.
-    Raises UserError: no such folder, no picture, unknown split, or unclear classes.
+    ``val`` may stand for ``validation``, in any case. Without split folders ``data_dir`` itself
+    holds the pictures (or class folders), and every 50th in sorted order is `validation`. Classes
+    are the sub-folders in sorted order. Raises UserError: no such folder, no picture, unknown
+    split, or unclear classes.
     """
     root = _existing(data_dir, "data.dir")
     folders = _split_folders(root)  # {"train": "train", "validation": "val"}

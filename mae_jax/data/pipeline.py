@@ -1,10 +1,9 @@
 """Batches of decoded crops, in an order that depends on nothing but the seed.
 
 Training examples are counted through the whole run: ``g = step * batch_size + position``. Which
-record example g is, and how it is cropped, are pure functions of (seed, g), so the stream is the
-same for any number of processes, threads or restarts, and starting at step s costs the same as
-starting at 0. Epochs follow each other without a seam: every N consecutive examples from a multiple
-of N on are all N records once, nothing is dropped, and a batch may be larger than the dataset.
+record example g is, and how it is cropped, are pure functions of (seed, g): the same for any number
+of processes, threads or restarts. Epochs follow each other without a seam: every N consecutive
+examples from a multiple of N on are all N records once; a batch may be larger than the dataset.
 """
 
 import collections
@@ -83,11 +82,11 @@ def train_batches(
 ) -> "Batches":
     """Batches of steps ``start_step`` to ``end_step``: this process's rows of the global batch.
 
+    Each: arrays [b, ...] of ``transform.schema``, "label" and "id" (record index) int32 [b].
+
     Args:
-      transform: called as ``transform(record, rng)``.
       seed: not negative; sets order and crops. None: see `eval_batches`.
-      batch_size: of the global batch.
-      positions: [b], places in the global batch of the rows wanted here, in the order wanted.
+      positions: [b], places in the global batch of `batch_size` of the rows wanted, in this order.
       end_step: one past the last step; None goes on for ever.
       workers: processes that fill the rows of batches; 0: threads of this process do.
       threads: threads decoding in each process; 0 for one per CPU (shared among the workers).
@@ -95,10 +94,6 @@ def train_batches(
       bad_records: ``stop`` raises DecodeError; ``skip`` takes the next record that can be decoded,
         counts the row in ``Batches.skipped`` and logs the record's name once.
       classes: labels are to lie in [0, classes), or LabelError stops the run; None takes any.
-
-    Returns:
-      Iterator of the arrays of ``transform.schema``, each [b, ...], with "label" int32 [b] and
-      "id" int32 [b], the records' indices.
     """
     builder = _Builder(source, transform, batch_size, positions, bad_records, classes, seed)
     steps = range(start_step, sys.maxsize if end_step is None else end_step)

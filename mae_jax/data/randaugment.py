@@ -96,11 +96,7 @@ INCREASING_OPS: dict[str, Op] = _COMMON | {
 
 
 def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> np.ndarray:
-    """Does one op, named as timm's, to one picture: uint8 [H, W, C] with C 1 or 3.
-
-    ``level`` is 0 to 10, ``sign`` +1 or -1 (for ops that have two directions); ``fill`` holds C
-    grey levels, for what a moved picture leaves empty.
-    """
+    """Does one op, named as timm's, to uint8 [H, W, C], C 1 or 3; level 0 to 10, sign +1 or -1."""
     op = (PLAIN_OPS | INCREASING_OPS)[name]
     picture = Image.fromarray(image if len(fill) == 3 else image[:, :, 0])
     color, share = fill if len(fill) == 3 else fill[0], level / MAX_LEVEL

@@ -46,10 +46,7 @@ class Splits:
         return {name: getattr(self, name) for name in names}
 
     def examples(self, source: Source, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images [n, H, W, C] uint8 of `source`, labels [n] and names of the records; n <= count.
-
-        They are spread over the split: neighbours are often of one class.
-        """
+        """Images [n, H, W, C] uint8, labels [n], names of n <= count records, spread over it."""
         count = min(count, len(source))
         chosen = Selection(source, np.linspace(0, len(source) - 1, count).astype(int))
         transform, positions = self.eval_transform, np.arange(count)
@@ -67,9 +64,7 @@ class Splits:
 def common_classes(train: Source, evaluation: Source, fields: str, need: str) -> int:
     """The number of classes of two splits; raises UserError where their labels differ.
 
-    Args:
-      fields: `data` or `probe`, the part of the config that names the splits.
-      need: who needs labels, and what else to do.
+    `fields`: part of the config that names them; `need`: who needs labels, and what else to do.
     """
     for source in (train, evaluation):
         if source.num_classes is None:

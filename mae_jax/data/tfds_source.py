@@ -15,11 +15,9 @@ from mae_jax.data.tfrecord import TfrecordReader
 
 
 class TfdsSource:
-    """Records of one split of a prepared TFDS dataset, pictures still encoded.
+    """Records of a prepared TFDS split (`array_record` or `tfrecord`), pictures still encoded.
 
-    Files are those `tfds build` writes, in `array_record` or in `tfrecord`. Arguments as in
-    `open_source`. Raises UserError: the dataset, one of its shards, the split or a picture in the
-    records is not there, or a shard is damaged.
+    Raises UserError: the dataset, shard, split or picture is not there, or a shard is damaged.
     """
 
     def __init__(self, name: str, data_dir: str, split: str):
@@ -89,10 +87,9 @@ class TfdsSource:
 
 
 def find_dataset(name: str, data_dir: str) -> str:
-    """The folder ``<data_dir>/<name>/[<config>/]<version>`` of a prepared dataset.
+    """Folder ``<data_dir>/<name>/[<config>/]<version>``; by default the newest, the only config.
 
-    Takes the newest version when ``name`` gives none, the only config when it gives none. Raises
-    UserError: nothing there, or ``name`` is malformed or leaves several configs to choose from.
+    Raises UserError: nothing there, or ``name`` is malformed or leaves several configs.
     """
     if "://" in data_dir:
         remedy = "mount the bucket (e.g. with gcsfuse) or copy the dataset"

@@ -1,8 +1,8 @@
 """Random access to TFRecord shards, TFDS's default format, without TensorFlow.
 
-A TFRecord file is a chain of records, each [uint64 length, uint32 masked crc32c of the length,
-the bytes, uint32 masked crc32c of the bytes], little-endian. Nothing in it says where record i
-starts, so the chain is walked once, from header to header, and the offsets are cached.
+A file is a chain of records, each [uint64 length, uint32 masked crc32c of the length, the bytes,
+uint32 masked crc32c of the bytes], little-endian. It is walked once; where records start is cached
+beside the shard, or in ~/.cache/mae_jax, for the file's size and modification time.
 """
 
 import concurrent.futures
@@ -56,10 +56,7 @@ class TfrecordReader:
 
 
 def offset_index(path: str) -> np.ndarray:
-    """Start of every record of a shard, and the end of the last: int64 [n + 1].
-
-    Cached beside the shard, or in ~/.cache/mae_jax, for the file's size and modification time.
-    """
+    """Start of every record of a shard, and the end of the last: int64 [n + 1]; cached."""
     stat = os.stat(path)
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
     folder, file_name = os.path.split(os.path.abspath(path))

@@ -33,12 +33,11 @@ def decode(
 ) -> np.ndarray:
     """Decodes a picture (see `Record`) to uint8 [H, W, channels].
 
-    JPEG goes through libjpeg-turbo, everything else through Pillow. Gray becomes RGB and RGB
-    becomes gray as ``channels`` (1 or 3; any other count only for an array that has it) asks; 16
-    bits become the upper 8; what is transparent is laid on white, so that colours nobody sees do
-    not count. ``upright`` turns and mirrors the picture as its EXIF orientation asks; else pixels
-    stay as they lie, as TFDS and torchvision leave them. Raises DecodeError: truncated or damaged
-    file, unknown format, or channels that cannot be had; the message begins with ``name``.
+    JPEG goes through libjpeg-turbo, everything else through Pillow. Gray becomes RGB and RGB gray
+    as ``channels`` (1 or 3; any other count only for an array that has it) asks; 16 bits become the
+    upper 8; what is transparent is laid on white. ``upright`` turns and mirrors as EXIF asks; else
+    pixels stay as they lie, as TFDS and torchvision leave them. Raises DecodeError, which begins
+    with ``name``: truncated or damaged file, unknown format, or channels that cannot be had.
     """
     if isinstance(image, np.ndarray):
         return _array_channels(image, channels, name)
@@ -124,9 +123,8 @@ def random_resized_crop_box(
 ) -> Box:
     """Draws a crop of whole pixels as torchvision's RandomResizedCrop does.
 
-    Ten tries of an area (a share of the picture's, uniform in ``scale``) and an aspect ratio
-    (width / height, log-uniform in ``ratio``); if none fits, the largest centred crop whose
-    aspect ratio lies within ``ratio``.
+    Ten tries of a share of the area uniform in ``scale`` and a log-uniform width / height in
+    ``ratio``; if none fits, the largest centred crop within ``ratio``.
     """
     for _ in range(CROP_TRIES):
         h, w = _crop_sides(rng, height, width, scale, ratio)
@@ -141,10 +139,7 @@ def random_resized_crop_box(
 def single_try_crop_box(
     rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range
 ) -> Box:
-    """Draws one crop, its sides cut to the picture's: what MAE's linear probes train on.
-
-    So a large crop of a long picture is more often a whole side of it.
-    """
+    """Draws one crop, its sides cut to the picture's: what MAE's linear probes train on."""
     h, w = _crop_sides(rng, height, width, scale, ratio)
     return _placed(rng, height, width, max(1, min(h, height)), max(1, min(w, width)))
 
@@ -171,10 +166,9 @@ RANDOM_CROPS = {"random_resized": random_resized_crop_box, "single_try": single_
 def resize_exact(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     """Crops and resizes [H, W, C] to [*size, C], uint8, with Pillow's antialiased bicubic.
 
-    That is the paper's resampling. There is no short cut: on photographs shrunk 4 to 6 times,
-    halving in libjpeg costs 1.1 grey levels and 8 % of the power near the highest frequency,
-    Pillow's ``reducing_gap=2`` 0.6 to 0.9 grey levels and 10 %; on those shrunk less, they cost
-    more or do nothing.
+    That is the paper's resampling. No short cut: on photographs shrunk 4 to 6 times, halving in
+    libjpeg costs 1.1 grey levels and 8 % of the power near the highest frequency,
+    ``reducing_gap=2`` 0.6 to 0.9 and 10 %; on those shrunk less, they cost more or do nothing.
     """
     top, left, h, w = box
     corners = (left, top, left + w, top + h)
@@ -214,9 +208,7 @@ def centre_box(
 ) -> Box:
     """The part of a picture that "resize the short side, then crop the centre" shows.
 
-    Resizing only this part gives the same pixels up to rounding, and does not make a picture of a
-    million columns on the way when one of 1 x 4000 pixels is resized. ``crop_ratio``: crop over
-    resized short side; None: as the MAE evaluation, 224 / 256 up to 224 px, above that 1.
+    ``crop_ratio``: crop over resized short side; None: MAE's, 224 / 256 up to 224 px, else 1.
     """
     crop_ratio = crop_ratio or (224 / 256 if max(size) <= 224 else 1.0)
     out_h, out_w = size
@@ -276,10 +268,7 @@ class TrainTransform(_Crop):
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform(_Crop):
-    """Decode, resize the short side, crop the centre; Pillow's antialiased bicubic.
-
-    At 224 px the short side becomes 256. A rectangle is covered likewise.
-    """
+    """Decode, resize short side (256 for 224 px), crop the centre; Pillow's antialiased bicubic."""
 
     crop_ratio: float | None = None  # of `centre_box`
 

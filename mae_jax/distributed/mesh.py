@@ -1,8 +1,4 @@
-"""The device mesh, and arrays laid over it.
-
-Axes: `data` splits the batch; `fsdp` splits the batch as well, and with it parameters and
-optimizer state.
-"""
+"""The device mesh, and arrays on it: `data` and `fsdp` split the batch, `fsdp` the state too."""
 
 from typing import Any
 

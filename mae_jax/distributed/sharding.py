@@ -32,10 +32,7 @@ def _spec(name: str, shape: tuple[int, ...], ways: int) -> P:
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of (abstract) `state`.
-
-    `fsdp` splits the largest axis that the mesh's fsdp axis divides; anything else is replicated.
-    """
+    """NamedShardings of (abstract) `state`: fsdp splits the largest axis it divides, or none."""
     ways = mesh.shape["fsdp"]
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, ways)), state

@@ -35,8 +35,7 @@ def _several_by_environment() -> bool:
 class StopSignal:
     """Says when to save and leave: after SIGTERM, or after the first Ctrl-C.
 
-    In a multi-process run any process's SIGTERM stops all of them after the same step, which
-    JAX's coordination service agrees on without talking to the devices.
+    Any process's SIGTERM stops all after the same step, agreed on without talking to the devices.
     """
 
     def __init__(self):

@@ -22,12 +22,9 @@ from mae_jax.train.task import Probing
 class CachedFeatures:
     """Batches of features in place of pixels, in the order the pixels would have had.
 
-    The evaluation crop is taken of both splits. The cache is used again only for all that features
-    depend on; anything else is computed anew.
-
-    Args:
-      frozen: the encoder's parameters on the mesh.
-      directory: receives a folder of parts for each split.
+    Of `frozen`, the encoder's parameters on the mesh, for the evaluation crop of both splits. The
+    cache, a folder of parts for each in `directory`, serves again only while nothing that features
+    depend on has changed.
     """
 
     def __init__(self, task: Probing, data: Splits, frozen: Any, directory: pathlib.Path):

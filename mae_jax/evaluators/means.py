@@ -12,13 +12,7 @@ from mae_jax.train.task import Task
 
 
 class Evaluation:
-    """Mean metrics over the evaluation split, every example once.
-
-    Args:
-      inputs: gives `eval` and `eval_batches`, as `Splits`.
-      shardings: of the state.
-      max_batches: 0 for all.
-    """
+    """Mean metrics over the evaluation split of `inputs`, each example once; max_batches 0: all."""
 
     def __init__(
         self, task: Task, inputs: Any, writer: MetricsWriter, shardings: Any, max_batches: int

@@ -32,19 +32,15 @@ class Probe:
 
     Writes ``probe/top1``, ``probe/top1_untrained`` (the same probe on the encoder this run's seed
     initialises, computed at the first call, whatever the run started or resumed from),
-    ``probe/knn`` where `neighbours` > 0, ``probe/train_examples``, ``probe/eval_examples`` and
-    ``probe/classes``. Accuracies are fractions. Every process must call it.
+    ``probe/knn`` of `neighbours` where > 0, ``probe/train_examples``, ``probe/eval_examples`` and
+    ``probe/classes``. Accuracies are fractions. Every process must call it. Raises UserError: data
+    that is not there or unlabelled, or splits whose classes differ.
 
     Args:
-      data: of the run; its seed chooses the examples, which are cropped and loaded as its
-        evaluation split is.
+      data: of the run; its seed chooses the examples, loaded as its evaluation split is.
       name, dir, train_split, eval_split: the labelled data, as given to `open_source`.
       train_examples, eval_examples: at most.
       pool: of `pool_tokens`.
-      neighbours: k of `knn_accuracy`; 0: not asked.
-
-    Raises:
-      UserError: data that is not there or unlabelled, or splits whose classes differ.
     """
 
     def __init__(

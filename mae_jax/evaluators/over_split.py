@@ -33,17 +33,11 @@ LOG_EVERY_SECONDS = 30.0
 class OverSplit:
     """A compiled function of (params, batch, number of the batch), to be run over splits.
 
-    A batch is split over the mesh; results come whole to the host of every process, one batch
-    late: while one is computed, the next is decoded (by the threads behind `batches`) and sent.
-
-    Args:
-      function: of params, a dict of arrays [batch_size, ...], padded by rows of "weight" 0, and
-        an int32; gives a dict of arrays.
-      batch_size: of all devices; rounded up to a multiple of their number.
-      shardings: of params; None: a copy on every device.
-
-    Raises:
-      UserError: the batch size is not positive.
+    A batch, a dict of arrays [batch_size, ...] padded by rows of "weight" 0, is split over the
+    mesh: its size is rounded up to a multiple of the devices. Results, a dict of arrays, come whole
+    to the host of every process, one batch late: meanwhile the next is decoded and sent.
+    `shardings`: of params; None: a copy on every device. Raises UserError: the batch size is not
+    positive.
     """
 
     def __init__(
@@ -63,11 +57,9 @@ class OverSplit:
     def __call__(
         self, params: Any, batches: Iterable[Results], *, examples: int, label: str
     ) -> Iterator[Results]:
-        """What the function gives for every batch, in order.
+        """What the function gives for every batch of this process's rows (`positions`), in order.
 
-        Args:
-          batches: this process's rows (`positions`) of every batch.
-          examples: in all of them, for the progress that is shown as `label`.
+        `examples`: in all batches, for the progress that is shown as `label`.
         """
         running, problem = None, None
         with _progress(examples, label) as progress:
@@ -120,13 +112,9 @@ def rows(results: Iterable[Results]) -> Results:
 class Parts:
     """Rows of a split in files, one for a few batches, so that a stopped run goes on.
 
-    Records may come and go between two runs: a part knows its rows by name.
-
-    Args:
-      folder: of the parts, seen by every process.
-      key: what all rows depend on. Where `folder` holds parts of another key, their differing
-        fields are in `foreign`; `compute` removes them.
-      names: [N], identifies each record of the split.
+    Records, known by `names` [N], may come and go between two runs. All rows depend on `key`: where
+    `folder`, seen by every process, holds parts of another, their differing fields are in
+    `foreign`; `compute` removes them.
     """
 
     def __init__(self, folder: pathlib.Path, key: Mapping[str, Any], names: np.ndarray):

@@ -1,7 +1,6 @@
 """What features tell about classes, in closed form: probes cheap enough to run while training.
 
-Plain NumPy on the host; nothing is trained step by step, and the same features always give the
-same number.
+Plain NumPy on the host; the same features always give the same number.
 """
 
 from collections.abc import Iterable
@@ -23,17 +22,12 @@ def ridge_probe(
 ) -> float:
     """Top-1 accuracy (0 to 1) of a linear classifier fitted by least squares.
 
-    Ridge regression on one-hot targets, as big_vision's fewshot_lsr. Features are standardised by
-    the mean and variance of the training part, which is batch norm without affine; the targets are
-    less their mean; the weights are ``(X'X + lambda n I)^-1 X'Y``. Lambda is the one of `PENALTIES`
-    that does best on a random fifth of the training part, fixed for n; then all of it is fitted.
-
-    Args:
-      train_features, eval_features: [N, D] and [M, D]; N at least 2.
-      train_labels, eval_labels: [N] and [M], in [0, classes).
-
-    Raises:
-      ValueError: shapes or labels that do not fit, or features that are not finite.
+    Ridge regression from features [N >= 2, D] on one-hot targets, as big_vision's fewshot_lsr,
+    scored on [M, D]; labels lie in [0, classes). Features are standardised by the mean and variance
+    of the training part, which is batch norm without affine; the targets are less their mean; the
+    weights are ``(X'X + lambda n I)^-1 X'Y``. Lambda is the one of `PENALTIES` that does best on a
+    random fifth of the training part, fixed for n; then all of it is fitted. Raises ValueError:
+    shapes or labels that do not fit, or features that are not finite.
     """
     _check(train_features, train_labels, eval_features, eval_labels, classes)
     x, x_eval = train_features.astype(np.float64), eval_features.astype(np.float64)

@@ -1,7 +1,4 @@
-"""Sheets of pictures: reconstructions, augmentations, predictions (paper figures 2 to 4).
-
-Every sheet is [height, width, 3] uint8.
-"""
+"""Sheets [H, W, 3] uint8: reconstructions, augmentations, predictions (paper figures 2 to 4)."""
 
 from collections.abc import Sequence
 
@@ -34,7 +31,6 @@ def reconstruction_grid(
     Args:
       images: [B, H, W, C] uint8. Of other channel counts than 1 and 3 the first three are shown.
       mask, loss, pixels: of `models.inference.reconstruct`; without pixels two columns remain.
-      names: [B], shown with the loss of each image.
       note: of the model's target, shown below the title.
     """
     batch, height, width, _ = images.shape
@@ -71,12 +67,9 @@ def prediction_grid(
     title: str,
     columns: int = 4,
 ) -> np.ndarray:
-    """Images with their class and the one a classifier takes them for, green where it is right.
+    """Images [B, H, W, C] uint8 with their class and a classifier's, green where it is right.
 
-    Args:
-      images: [B, H, W, C] uint8, with labels [B] and names [B].
-      probabilities: [B, K].
-      class_names: K names; None shows numbers.
+    `probabilities`: [B, K]; `class_names`: K, or None to show numbers.
     """
     classes = class_names or [str(k) for k in range(probabilities.shape[1])]
     best = probabilities.argmax(axis=1)  # [B]
@@ -120,11 +113,9 @@ def _sheet(
     columns: Sequence[str] = (),
     min_side: int = MIN_SIDE,
 ) -> np.ndarray:
-    """Lays out pictures [R, K, H, W, C] uint8 with text.
+    """Lays out pictures [R, K, H, W, C] uint8 above lists of lines, [R][K] or, row-wide, [R][1].
 
-    Args:
-      lines: [R][K] lists of lines, below each picture; [R][1], as wide as the row, below each row.
-      columns: K headings, or none. Rows with headings stand in as many blocks as there is room for.
+    Rows with headings, K `columns`, stand in as many blocks as there is room for.
     """
     count, across, height, width, channels = pictures.shape
     zoom = max(1, -(-min_side // max(height, width)))

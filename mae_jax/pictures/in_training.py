@@ -17,12 +17,10 @@ from mae_jax.train.task import Pretraining, Tuning
 
 
 class Drawing:
-    """Draws what a function of the state makes of a few fixed images.
+    """Draws what a function of (state, images [B, H, W, C] uint8) makes of a few fixed images.
 
-    Args:
-      function: (state, images [B, H, W, C] uint8) -> arrays.
-      draw: (title, the arrays on the host) -> picture [height, width, 3] uint8.
-      directory: receives `step_NNNNNNNN.png`.
+    `draw`: (title, its arrays on the host) -> [height, width, 3] uint8,
+    `directory`/`step_NNNNNNNN.png`.
     """
 
     def __init__(
@@ -62,10 +60,7 @@ def draw_predictions(task: Tuning, data: Splits, count: int, directory: Path) ->
 
 
 def draw_augmentations(task: Tuning, data: Splits, path: Path, count: int = 32) -> None:
-    """Training images as `Finetune`'s model sees them: cropped, augmented, erased, mixed.
-
-    They are spread over the batch of step 0, so of many mix groups.
-    """
+    """Training images of many mix groups of step 0's batch, as `Finetune`'s model sees them."""
     mesh, positions = task.mesh, local_positions(task.batch_size, task.mesh)
     with data.train_batches(positions, 0, 1) as batches:
         batch = next(batches)

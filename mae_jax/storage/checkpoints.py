@@ -33,10 +33,7 @@ _LISTED = ("step", "params", "opt_state", "ema", "frozen", "extra")
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """The sum of every leaf's bits, modulo 2^32: [leaves] uint32.
-
-    Integer sums do not depend on order, so the result is the same on any device count.
-    """
+    """The sum of every leaf's bits, modulo 2^32, the same on any device count: [leaves] uint32."""
 
     def sum_bits(x: jax.Array) -> jax.Array:
         unsigned = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
@@ -49,10 +46,8 @@ class Checkpoint:
     """One complete checkpoint on disk. Its methods talk to no other process.
 
     Where files are damaged they raise what Orbax and TensorStore do, which is of many types.
-
-    Attributes:
-      record: what was saved beside the state.
-      tree: the state as it was saved, nested dicts and lists, with shapes and types for tensors.
+    `tree`: the state that was saved, nested dicts and lists, with shapes and types; `record`:
+    beside it.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -89,9 +84,8 @@ def read_newest(
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The newest whole checkpoint of a run, for others than the run itself, who move nothing.
 
-    Returns:
-      those `parts` of the state as trees of numpy arrays, None for one that was not saved; the
-      record; and a note on every newer checkpoint that is damaged.
+    Its `parts` as trees of numpy arrays, None for one that was not saved; its record; and a note on
+    every newer checkpoint that is damaged.
     """
     notes = []
     for step in reversed(steps_in(directory)):
@@ -174,15 +168,13 @@ class Checkpoints:
         """The newest checkpoint that is whole, as (state, record); None where there is none.
 
         The processes agree after every phase: what one of them cannot read, all pass over. Damaged
-        ones are reported and, once a whole one is found, renamed to `damaged-STEP`.
+        ones are reported and, once a whole one is found, renamed to `damaged-STEP`. Raises
+        UserError: none is whole, or one is whole but does not hold the tensors asked for.
 
         Args:
           abstract_state: shapes, types and shardings to restore into, on any device count.
           check: raises if the record belongs to another run; its error is passed on.
           younger: tensors by name that older checkpoints lack, with the values they stand for.
-
-        Raises:
-          UserError: none is whole, or one is whole but does not hold the tensors asked for.
         """
         steps = self._agreed_steps()
         damaged: dict[int, str] = {}
@@ -310,10 +302,7 @@ def read_params(folder: pathlib.Path) -> Any:
 
 
 def _read(folder: pathlib.Path, request: Any) -> Any:
-    """The tensors of `request`, all or a part of the tree that was saved.
-
-    Leaves that are a `ShapeDtypeStruct` come as it says, any other as numpy arrays.
-    """
+    """The tensors of `request` in the saved tree: as `ShapeDtypeStruct` leaves say, else numpy."""
 
     def how(leaf: Any) -> ocp.RestoreArgs:
         if not isinstance(leaf, jax.ShapeDtypeStruct):

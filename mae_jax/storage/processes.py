@@ -65,9 +65,9 @@ def first_line(error: BaseException) -> str:
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps a second run out of `workdir` for as long as the block, or the process, lives.
 
-    Process 0 holds a lock of the operating system on a file in `workdir`, which a kill releases.
-    Where the file system has none (buckets, some network disks) a note is logged instead. If
-    another run holds it, every process raises a UserError that names its host and process.
+    By a lock that process 0 holds on a file in it, and a kill releases; without locks (buckets,
+    some network disks) a note is logged. A second run is a UserError in every process, naming the
+    first.
     """
     file = in_process_0(_lock, workdir / "lock")
     try:
