@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+import mae_jax
 from mae_jax import UserError, cli, results
 from mae_jax.config import image_size
 from tests.program import ROOT, command, environment
@@ -48,7 +49,14 @@ def test_the_program_lists_its_commands_and_tells_its_version(capsys):
     listed = capsys.readouterr().out
     assert all(f"\n  {command} " in listed for command in cli.COMMANDS)
     cli.main(["--version"])
-    assert capsys.readouterr().out == "mae_jax 0.1.0\n"
+    assert capsys.readouterr().out == f"mae_jax {mae_jax.__version__}\n"
+
+
+def test_one_version_everywhere():
+    version = mae_jax.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = next(x for x in (ROOT / "CHANGELOG.md").read_text().splitlines() if x[:3] == "## ")
+    assert newest == f"## {version}"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -58,7 +66,7 @@ def test_every_command_has_help_and_version(command, option, capsys):
         cli.main([command, option])
     assert end.value.code == 0
     told = capsys.readouterr().out
-    assert f"usage: mae-jax {command}" in told or told == "mae_jax 0.1.0\n"
+    assert f"usage: mae-jax {command}" in told or told == f"mae_jax {mae_jax.__version__}\n"
 
 
 @pytest.mark.parametrize("module", ["mae_jax", "mae_jax.distributed.plan", "mae_jax.bench"])
