@@ -217,7 +217,10 @@ def load_config(recipe: str) -> ConfigDict:
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
         raise UserError(f"--config={recipe}: no such file, and no recipe of that name ({names})")
     try:
-        config = load_recipe(path).get_config(*[variant] * bool(variant))
+        recipe_module = load_recipe(path)
+        if not hasattr(recipe_module, "get_config"):
+            raise UserError(f"--config={recipe}: {path} has no function get_config()")
+        config = recipe_module.get_config(*[variant] * bool(variant))
     except UserError:
         raise
     except Exception as error:  # the user's own code: its line says what a traceback would

@@ -125,7 +125,7 @@ def test_an_unknown_field_is_refused_by_every_command_with_what_was_meant(comman
     ("content", "message"),
     [
         ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
-        ("x = 1\n", "get_config"),
+        ("x = 1\n", "has no function get_config"),
         ("def get_config():\n    return 3\n", "has to return a changed default_config()"),
         (
             "from mae_jax.config import default_config\n\n\ndef get_config():\n"
