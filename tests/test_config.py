@@ -39,7 +39,7 @@ def changed(**fields):
 def test_defaults_are_the_papers_recipe_in_steps():
     config = default_config()
     validate(config)
-    # Section 2.1 of the reference digest: 312 steps an epoch, 249,600 in all, 12,480 of warm-up.
+    # The released recipe (paper table 8): 312 steps an epoch, 249,600 in all, 12,480 of warm-up.
     assert config_lib.steps_per_epoch(config, 1_281_167) == 312
     assert config_lib.total_steps(config, 1_281_167) == 249_600
     assert config_lib.warmup_steps(config, 1_281_167) == 12_480
@@ -81,7 +81,7 @@ def figures(config):
 def test_fine_tuning_is_the_recipe_of_the_released_weights(
     variant, steps, lr, layer_decay, drop_path, group
 ):
-    """Section 2.3 of the reference digest."""
+    """Paper table 9, with the values of the released weights."""
     config = load("finetune.py", variant)
     assert figures(config) == (1251, steps, 5 * 1251, lr)
     optim, augment = config.optim, config.augment
@@ -102,7 +102,7 @@ def test_partial_tuning_is_fine_tuning_of_some_blocks():
 
 
 def test_linear_probing_is_the_recipe():
-    """Section 2.6 of the reference digest."""
+    """Paper table 10 and the released code."""
     config = load("linear_probe.py", "vit_b")
     assert figures(config) == (78, 7020, 780, 6.4)
     optim = config.optim
@@ -118,7 +118,7 @@ def test_linear_probing_is_the_recipe():
     [("vit_b", 300, 0.1), ("vit_l", 200, 0.2), ("vit_h", 200, 0.2)],
 )
 def test_training_from_scratch_is_the_recipe(variant, epochs, drop_path):
-    """Section 2.8 of the reference digest."""
+    """Paper table 11."""
     config = load("scratch.py", variant)
     assert figures(config) == (312, epochs * 312, 20 * 312, 1.6e-3)
     optim, augment = config.optim, config.augment

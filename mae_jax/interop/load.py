@@ -121,19 +121,19 @@ def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> N
 
 def _adapt(tensors: dict[str, np.ndarray], theirs: ModelSpec, model: ModelSpec) -> list[str]:
     """Changes what depends on the input's shape, in place; tells what, in words."""
-    kernel, told = "patch_embed.proj.weight", []
+    kernel, changes = "patch_embed.proj.weight", []
     if (old := theirs.channels) != (new := model.channels):
         tensors[kernel] = change_channels(tensors[kernel], new)
-        told.append(f"patch embedding: {old} to {new} input channel(s)")
+        changes.append(f"patch embedding: {old} to {new} input channel(s)")
     if (old := theirs.patch_size) != (new := model.patch_size):
         tensors[kernel] = resize_patches(tensors[kernel], new)
-        told.append(f"patch embedding: patch size {old} to {new} (pseudo-inverse resize)")
+        changes.append(f"patch embedding: patch size {old} to {new} (pseudo-inverse resize)")
     if (old := theirs.grid) != (new := model.grid):
         for table in {"pos_embed", "decoder_pos_embed"} & tensors.keys():
             tensors[table] = resize_positions(tensors[table], old, new)
         grids = f"{old[0]} x {old[1]} to {new[0]} x {new[1]}"
-        told.append(f"position tables: interpolated (bicubic) from {grids} patches")
-    return told
+        changes.append(f"position tables: interpolated (bicubic) from {grids} patches")
+    return changes
 
 
 def _parts(names: list[str]) -> str:

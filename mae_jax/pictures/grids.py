@@ -42,10 +42,10 @@ def reconstruction_grid(
     if pixels is not None:
         shown["predicted patches"] = np.where(removed, pixels, np.uint8(GREY))
         shown["predicted + visible"] = pixels
-    told = zip(names, loss, strict=True)
+    captions = zip(names, loss, strict=True)
     return _sheet(
         np.stack(list(shown.values()), axis=1),
-        [[[(f"{_short(name)}   loss {value:.4f}", BLACK)]] for name, value in told],
+        [[[(f"{_short(name)}   loss {value:.4f}", BLACK)]] for name, value in captions],
         title=f"{title}   mean loss {loss.mean():.4f}",
         note=note,
         columns=tuple(shown),

@@ -51,10 +51,10 @@ def draw_reconstructions(task: Pretraining, data: Splits, count: int, directory:
 def draw_predictions(task: Tuning, data: Splits, count: int, directory: Path) -> Drawing:
     """What the classifier of `Finetune` takes `count` images of the evaluation split for."""
     images, labels, names = data.examples(data.eval, count)
-    told = {"names": names, "class_names": data.train.class_names}
+    texts = {"names": names, "class_names": data.train.class_names}
 
     def draw(title: str, probabilities: np.ndarray) -> np.ndarray:
-        return prediction_grid(images, labels, probabilities, title=title, **told)
+        return prediction_grid(images, labels, probabilities, title=title, **texts)
 
     return Drawing(task.probabilities, images, draw, directory, task.mesh)
 
