@@ -299,6 +299,7 @@ def test_the_local_launcher_refuses_in_one_line(arguments, message):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_the_recipes(tmp_path):
     pytest.importorskip("setuptools", reason="builds a wheel")
     source, empty, site = tmp_path / "source", tmp_path / "empty", tmp_path / "site"

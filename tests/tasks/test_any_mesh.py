@@ -10,7 +10,12 @@ from task_runs import assert_close, make, run_steps
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.evaluators.means import Evaluation
 
-LAYOUTS = [(8, 8, 1, 1), (8, 1, 8, 1), (8, 2, 4, 1), (4, 2, 2, 2)]
+LAYOUTS = [
+    (8, 8, 1, 1),
+    pytest.param(8, 1, 8, 1, marks=pytest.mark.slow),
+    pytest.param(8, 2, 4, 1, marks=pytest.mark.slow),
+    (4, 2, 2, 2),
+]
 
 
 @pytest.mark.parametrize(("devices", "data", "fsdp", "accumulate"), LAYOUTS)

@@ -109,6 +109,7 @@ def test_a_finished_run_that_lost_its_metrics_is_evaluated_again(finetuned, pret
     assert again["images_per_second"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [FINETUNE, PROBE], ids=["finetune", "linear_probe"])
 def test_killed_and_restarted_the_run_ends_bit_identical(recipe, pretrained, tmp_path):
     fields = {**recipe, "init_from": pretrained, "checkpoint.every": 1}
@@ -126,6 +127,7 @@ def test_killed_and_restarted_the_run_ends_bit_identical(recipe, pretrained, tmp
     assert top1[0] == top1[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [FINETUNE, PROBE], ids=["finetune", "linear_probe"])
 def test_two_processes_compute_what_one_does(recipe, pretrained, tmp_path):
     fields = {**recipe, "init_from": pretrained, "steps": 4}
