@@ -88,8 +88,8 @@ FIELDS = {
     "model.heads": Field(0, "[0, inf)", "0 takes the variant's"),
     "model.stacking": Free("unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower"),
     "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work"),
-    # With optim.reduce_dtype, bfloat16 takes 8 % fewer cycles and no less memory (`plan`, ViT-L, 512
-    # images on v5e:4x4: 97 M for 105 M), and the latents' error doubles (9.5e-3 for 4.9e-3).
+    # bfloat16 here and in optim.reduce_dtype takes 8 % fewer cycles and as much memory (`plan`:
+    # ViT-L, 512 images on v5e:4x4), and the latents' error doubles (9.5e-3 for 4.9e-3).
     "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks"),
     "model.drop_path": Field(0.0, "[0, 1)", "of the last block, falling to 0 below it", CLASSIFY),
     "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
