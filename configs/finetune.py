@@ -24,9 +24,9 @@ project, 8 x 128 images, to compare with a ViT-B of `configs/pretrain.py:mmselfs
 Work: B 105, L 369, H 1005, H at 448 px 4,400 GFLOP an image and step; at 45 % of peak 42, 74,
 202 and 880 chip-hours of TPU v5e.
 
-Compiled for TPU v5e (16 GB) by version 0.1, whose remat worked in scanned stacks alone (ask `mae-jax
-plan` for today's figures): `vit_h_448` takes 15.2 GB on each of 64 chips, or 6.1 GB and a fifth
-more cycles with `--config.model.stacking=scan`; `vit_l` 11.9 GB on each of 16 with
+Compiled for TPU v5e (16 GB) by version 0.1, whose remat worked in scanned stacks alone (today's
+figures: `mae-jax plan`): `vit_h_448` takes 15.2 GB on each of 64 chips, or 6.1 GB and a fifth more
+cycles with `--config.model.stacking=scan`; `vit_l` 11.9 GB on each of 16 with
 `--config.model.stacking=scan --config.model.remat=dots`, and does not fit there without.
 
 `--config.head.pool=cls` classifies from the class token through the encoder's own final norm.

@@ -67,6 +67,11 @@ def environment(devices=1):
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
 
 
+def hear_ctrl_c():
+    """Undoes what a shell does to commands in the background, whose children inherit deaf ears."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(workdir, devices=1, config="configs/quickstart.py", **fields):
     return subprocess.run(
         command(workdir, config, **fields),

@@ -12,7 +12,7 @@ import pytest
 import mae_jax
 from mae_jax import UserError, cli, results
 from mae_jax.config import image_size
-from tests.program import ROOT, command, environment
+from tests.program import ROOT, command, environment, hear_ctrl_c
 
 QUICKSTART = f"--config={ROOT / 'configs/quickstart.py'}"
 
@@ -37,6 +37,7 @@ def python(*arguments, cwd=ROOT, **variables):
         text=True,
         cwd=cwd,
         timeout=300,
+        preexec_fn=hear_ctrl_c,
     )
 
 
@@ -210,7 +211,12 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path):
 
 def test_ctrl_c_while_compiling_is_one_line(tmp_path):
     process = subprocess.Popen(
-        command(tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command(tmp_path / "run"),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=hear_ctrl_c,
     )
     for line in process.stderr:
         if "compiling the step" in line:

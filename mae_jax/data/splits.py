@@ -74,7 +74,7 @@ def common_classes(train: Source, evaluation: Source, fields: str, need: str) ->
     if (train.num_classes, train.class_names) != (evaluation.num_classes, evaluation.class_names):
         odd = sorted(set(train.class_names or ()) ^ set(evaluation.class_names or ()))[:5]
         how = ", in another order" * (train.num_classes == evaluation.num_classes)
-        how = f", in one of them only: {', '.join(odd)}" if odd else how
+        how = f"; in one of them only: {', '.join(odd)}" if odd else how
         raise UserError(
             f"{fields}.eval_split: {evaluation.split} has {evaluation.num_classes} classes, "
             f"{train.split} has {train.num_classes}{how}. Labels would not mean the same; give "

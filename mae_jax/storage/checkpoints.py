@@ -6,6 +6,7 @@ disk is noticed instead of trained on.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -288,7 +289,8 @@ def save_params(folder: PathLike, params: Any) -> None:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(os.path.abspath(folder), params)
         except Exception as error:  # Orbax and TensorStore raise many types.
-            raise OSError(first_line(error)) from error
+            full = os.strerror(errno.ENOSPC) in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, first_line(error)) from error
 
 
 def read_params(folder: pathlib.Path) -> Any:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from absl import logging
+from program import hear_ctrl_c
 
 from mae_jax import cli
 from mae_jax.train.progress import Progress, with_clock
@@ -79,6 +80,7 @@ def test_an_error_of_slow_work_is_raised():
 
 def test_ctrl_c_is_obeyed_during_work_that_never_looks_up():
     """As a compiler's: one call into C, in which Python does not hear of signals."""
+    hear_ctrl_c()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
