@@ -297,7 +297,7 @@ def one_class(sources):
         (unlabelled, "probe.name: pictures, split train, has no labels"),
         (without_label, r"probe.eval_split: pictures/validation#0 has the label -1"),
         (other_classes, "probe.eval_split: validation has 5 classes, train has 4"),
-        (other_names, "validation has 4 classes, train has 4, in"),
+        (other_names, "validation has 4 classes, train has 4; in one of them only: d, e"),
         (one_class, "has 1 class;"),
     ],
 )
