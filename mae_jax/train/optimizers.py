@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mae_jax import UserError
+from mae_jax.distributed.sharding import path_name
 
 Mask = Callable[[optax.Params], optax.Params]
 
@@ -92,7 +93,7 @@ def layer_scales(params: optax.Params, depth: int, decay: float) -> optax.Params
     """
 
     def scale(path: tuple, _: jax.Array) -> float:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         block = re.search(r"encoder/blocks/(\d+)/", name)
         embedding = re.search(r"encoder/(cls_token|pos_embed|patch_embed)", name)
         layer = int(block[1]) + 1 if block else 0 if embedding else depth + 1
