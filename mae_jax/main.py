@@ -41,6 +41,7 @@ from mae_jax.storage.files import complete_or_absent_folder, write_atomically
 from mae_jax.storage.processes import in_every_process, in_process_0, sole_run, tell_all
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
+from mae_jax.train.ledger import Ledger
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.progress import with_clock
@@ -73,15 +74,17 @@ class Setup:
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains to the end, or until told to stop."""
-    started = time.time()
+    started, ledger = time.time(), Ledger("start")
     setup = in_every_process(prepare, config, pathlib.Path(workdir))
     announce(setup)
     with (
         sole_run(setup.workdir),
         closing(Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
     ):
-        state, seconds_before = restore_or_begin(setup, checkpoints)
-        state, steps = train_and_evaluate(setup, state, checkpoints, started - seconds_before)
+        with ledger.during("restore"):
+            state, seconds_before = restore_or_begin(setup, checkpoints)
+        started -= seconds_before
+        state, steps = train_and_evaluate(setup, state, checkpoints, started, ledger)
         checkpoints.wait()
         if steps == setup.task.total_steps:
             finish(setup, state)
@@ -130,7 +133,7 @@ def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState
 
 
 def train_and_evaluate(
-    setup: Setup, state: TrainState, checkpoints: Checkpoints, started: float
+    setup: Setup, state: TrainState, checkpoints: Checkpoints, started: float, ledger: Ledger
 ) -> tuple[TrainState, int]:
     """Trains from where `state` is, evaluating and saving; the state and the number of steps."""
     config, data, task, mesh = setup.config, setup.data, setup.task, setup.mesh
@@ -159,9 +162,9 @@ def train_and_evaluate(
         if start_step == 0:
             task.draw_inputs(data, setup.workdir)
         actions = [
-            Action(config.eval.every, evaluate),
+            Action("evaluation", config.eval.every, evaluate),
             *task.actions(config, data, writer, setup.workdir),
-            Action(config.checkpoint.every, save),  # last: then all of it is done
+            Action("save", config.checkpoint.every, save),  # last: then all of it is done
         ]
         positions = mesh_lib.local_positions(config.batch_size, mesh)
         with inputs.train_batches(positions, start_step, total_steps) as host_batches:
@@ -169,23 +172,26 @@ def train_and_evaluate(
             arrays = ({name: batch[name] for name in task.batch_schema} for batch in host_batches)
             sent = (mesh_lib.global_batch(x, positions, config.batch_size, mesh) for x in arrays)
             batches = (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))
-            step = compile_step(task, setup.abstract)
+            with ledger.during("compile"):
+                step = compile_step(task, setup.abstract)
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
             stop_signal = startup.StopSignal()
-            return train(
-                step,
-                state,
-                batches,
-                metric_names=task.metric_names,
-                place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
-                start_step=start_step,
-                total_steps=total_steps,
-                log_every=config.log_every,
-                report=Reporter(task, mesh, writer, len(data.train), host_batches),
-                actions=actions,
-                stop_requested=stop_signal,
-                on_stop=save,
-            )
+            with ledger.during("step"):
+                return train(
+                    step,
+                    state,
+                    batches,
+                    metric_names=task.metric_names,
+                    place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
+                    start_step=start_step,
+                    total_steps=total_steps,
+                    log_every=config.log_every,
+                    report=Reporter(task, mesh, writer, len(data.train), host_batches),
+                    actions=actions,
+                    stop_requested=stop_signal,
+                    on_stop=save,
+                    ledger=ledger,
+                )
 
 
 def finish(setup: Setup, state: TrainState) -> None:

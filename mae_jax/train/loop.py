@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax import UserError
+from mae_jax.train.ledger import Ledger
 from mae_jax.train.progress import Progress
 from mae_jax.train.state import Metrics, TrainState
 
@@ -40,6 +41,7 @@ StepFn = Callable[[TrainState, Totals, Any], tuple[TrainState, Totals]]
 class Action(NamedTuple):
     """Something to do at the end of every `every`-th step (0: never), and of the last one."""
 
+    phase: str  # of the ledger
     every: int
     run: Callable[[int, TrainState], None]  # of (steps done, state)
 
@@ -68,6 +70,7 @@ def train(
     actions: Sequence[Action],
     stop_requested: Callable[[int], bool],
     on_stop: Callable[[int, TrainState], None],
+    ledger: Ledger,
 ) -> tuple[TrainState, int]:
     """Steps `start_step` to `total_steps`: the state, and the steps done (fewer after a stop).
 
@@ -80,6 +83,7 @@ def train(
       actions: run in order after a step, after a check for NaN: no broken state is ever saved.
       stop_requested: asked after every step with the number of steps done; True ends the run.
       on_stop: called in that case with the state to save.
+      ledger: counts the time of actions by their phase, and of waiting for batches.
     """
     previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None
@@ -101,7 +105,8 @@ def train(
     with Progress(start_step, total_steps) as bar:
         for done in range(start_step + 1, total_steps + 1):
             asked = time.perf_counter()
-            batch = next(batches)
+            with ledger.during("data"):
+                batch = next(batches)
             waited += time.perf_counter() - asked
             state, totals = step_fn(state, totals, batch)
             last = done == total_steps
@@ -121,17 +126,19 @@ def train(
                 start, waited = now, 0.0
                 totals = place_totals(zero_totals(metric_names))
 
-            due = [run for every, run in actions if last or (every > 0 and done % every == 0)]
+            due = [x for x in actions if last or (x.every > 0 and done % x.every == 0)]
             stopping = not last and stop_requested(done)
             if due or stopping:
                 paused = time.perf_counter()
                 flush()
                 _check_finite(totals)  # waits for the device: what follows reads the state
-                for run in due:
-                    run(done, state)
+                for action in due:
+                    with ledger.during(action.phase):
+                        action.run(done, state)
                 start += time.perf_counter() - paused
             if stopping:
-                on_stop(done, state)
+                with ledger.during("save"):
+                    on_stop(done, state)
                 return state, done
         flush()
     return state, total_steps

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mae_jax import UserError
+from mae_jax.train.ledger import Ledger
 from mae_jax.train.loop import Action, add_totals, train
 
 
@@ -32,6 +33,7 @@ def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
         actions=actions,
         stop_requested=lambda step: step == stop_at,
         on_stop=lambda step, state: stopped.append((step, int(state))),
+        ledger=Ledger("start"),
     )
     return int(state), done, intervals, stopped
 
@@ -49,8 +51,8 @@ def test_every_step_is_reported_once_as_interval_means():
 def test_actions_run_in_order_at_their_steps_and_at_the_end():
     calls = []
     actions = [
-        Action(0, lambda step, state: calls.append(("end", step, int(state)))),
-        Action(3, lambda step, state: calls.append(("third", step, int(state)))),
+        Action("evaluation", 0, lambda step, state: calls.append(("end", step, int(state)))),
+        Action("save", 3, lambda step, state: calls.append(("third", step, int(state)))),
     ]
     run([0.0] * 7, actions=actions)
     assert calls == [("third", 3, 3), ("third", 6, 6), ("end", 7, 7), ("third", 7, 7)]
@@ -59,7 +61,7 @@ def test_actions_run_in_order_at_their_steps_and_at_the_end():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_loss_stops_the_run_naming_its_step_and_saves_nothing_after(bad):
     saved = []
-    actions = [Action(2, lambda step, state: saved.append(step))]
+    actions = [Action("save", 2, lambda step, state: saved.append(step))]
     with pytest.raises(UserError, match="at step 4 "):
         run([1, 1, 1, 1, bad, 1, 1, 1], log_every=1, actions=actions)
     assert saved == [2, 4]
@@ -67,7 +69,7 @@ def test_a_non_finite_loss_stops_the_run_naming_its_step_and_saves_nothing_after
 
 def test_a_non_finite_loss_between_logs_is_seen_before_a_save():
     saved = []
-    actions = [Action(6, lambda step, state: saved.append(step))]
+    actions = [Action("save", 6, lambda step, state: saved.append(step))]
     with pytest.raises(UserError, match="at step 3 "):
         run([1, 1, 1, np.nan, 1, 1, 1], log_every=100, actions=actions)
     assert saved == []
