@@ -4,17 +4,11 @@ import re
 
 import jax
 
-# Dense bf16 FLOP/s of one JAX device (v2 and v3: one of a chip's two cores). Vendor data sheets.
+from mae_jax.planning.chips import CHIPS
+
+# Dense bf16 FLOP/s of one JAX device. Vendor data sheets.
 PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    **{kind: chip.flops / chip.devices for chip in CHIPS.values() for kind in chip.kinds},
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
