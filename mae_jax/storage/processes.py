@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import pathlib
 import socket
@@ -9,14 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax._src import distributed  # whose store of keys and values has no public name
 
 from mae_jax import UserError
 from mae_jax.storage.files import explain_failure
 
 T = TypeVar("T")
+
+LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000  # for a process that writes or reads; a dead one ends all
+_rounds = itertools.count()
 
 
 def in_every_process(function: Callable[..., T], *args: object) -> T:
@@ -44,15 +47,21 @@ def in_process_0(function: Callable[..., T], *args: object) -> T | None:
 
 
 def tell_all(text: str) -> list[str]:
-    """The texts of all processes, by their number, in every process."""
+    """The texts of all processes, by their number, in every process.
+
+    Through the service that joins the processes, so that no device takes part: they may speak
+    before their programs are known to be the same. Every process must call it equally often.
+    """
     if jax.process_count() == 1:
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
-    longest = multihost_utils.process_allgather(np.asarray(len(own))).max()
-    padded = np.zeros(longest + 1, np.uint8)
-    padded[: len(own)] = own
-    rows = multihost_utils.process_allgather(padded)  # [processes, longest + 1]
-    return [row.tobytes().rstrip(b"\0").decode() for row in np.asarray(rows)]
+    client, rounds = distributed.global_state.client, next(_rounds)
+    client.key_value_set(f"mae_jax/told/{rounds}/{jax.process_index()}", text)
+    client.wait_at_barrier(f"mae_jax/told/{rounds}", LONGEST_WAIT_MS)
+    if jax.process_index() == 0:  # all have left the round before, and so read the one before it
+        client.key_value_delete(f"mae_jax/told/{rounds - 2}/")
+    told = client.key_value_dir_get(f"mae_jax/told/{rounds}/")
+    by_process = {int(key.rpartition("/")[2]): value for key, value in told}
+    return [by_process[process] for process in range(jax.process_count())]
 
 
 def first_line(error: BaseException) -> str:
