@@ -20,12 +20,7 @@ import re
 import time
 from collections.abc import Sequence
 
-# Before JAX is imported. There is no TPU here: its compiler need not look for one, or guard it.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
 import jax
 from jax.experimental import topologies

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,17 +14,35 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves."""
+    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
+
+    Several TPU slices split the batch: `data` goes over the network between them, `fsdp` stays on
+    the links inside one. Processes with GPUs or CPUs are no slices; their order makes neighbours.
+    """
     devices = jax.devices() if devices is None else devices
     try:
-        shape = np.empty(len(devices)).reshape(data, fsdp).shape
+        data, fsdp = np.empty(len(devices)).reshape(data, fsdp).shape
     except ValueError as error:
         raise UserError(
             f"mesh.data = {data} by mesh.fsdp = {fsdp} does not cover the {len(devices)} device(s) "
             "present; -1 for one of them fits it to the other"
         ) from error
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=auto, devices=devices)
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if data % slices:
+        raise UserError(
+            f"mesh.fsdp = {fsdp} does not fit into a slice: there are {slices} of "
+            f"{len(devices) // slices} devices; give a divisor of that, with mesh.data = -1"
+        )
+    # Where a shape asks for it, a side of the physical grid is divided between both axes.
+    if slices > 1:
+        inside, over = (data // slices, fsdp), (slices, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, over, devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(grid, BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "batch_size") -> None:

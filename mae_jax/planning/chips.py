@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +101,12 @@ SMALL = {
 }
 SMALL |= {"v6e": SMALL["v5e"], "v5p": SMALL["v4"], "tpu7x": ((1, 1, 1), *SMALL["v4"])}
 CUBE = 4
+COMPILER_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 LONGEST_SIDE = 256
 
 
@@ -149,6 +156,9 @@ class Pod:
         """What JAX compiles for: the topology's devices have no memory and run nothing."""
         from jax.experimental import topologies
 
+        # There is no TPU here: its compiler need not look for one, or guard it.
+        for name, value in COMPILER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         options: dict[str, Any] = {"num_slices": self.slices}
         if self.chips_a_slice == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
