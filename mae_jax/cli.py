@@ -30,7 +30,7 @@ COMMANDS = {
     "export": "weights for other libraries",
     "features": "features of a folder of pictures",
     "visualize": "what a model reconstructs, as pictures",
-    "results": "what supervised runs scored, as a table",
+    "results": "what supervised runs scored, and where the time of runs went",
     "plan": "compile a recipe's step for a TPU pod that is not there",
     "bench": "how fast the input pipeline or the step is",
 }

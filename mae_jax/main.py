@@ -41,7 +41,7 @@ from mae_jax.storage.files import complete_or_absent_folder, write_atomically
 from mae_jax.storage.processes import in_every_process, in_process_0, sole_run, tell_all
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
-from mae_jax.train.ledger import Ledger
+from mae_jax.train.ledger import Ledger, summary
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.progress import with_clock
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("train", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of this run; an old one goes on")
     arguments = cli.parse_recipe(parser, argv)
+    ledger = Ledger("start")
     startup.initialize()
-    run(arguments.config, arguments.workdir)
+    run(arguments.config, arguments.workdir, ledger)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +73,29 @@ class Setup:
     abstract: TrainState
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
     """Trains to the end, or until told to stop."""
-    started, ledger = time.time(), Ledger("start")
+    started, ledger = time.time(), ledger or Ledger("start")
     setup = in_every_process(prepare, config, pathlib.Path(workdir))
     announce(setup)
     with (
         sole_run(setup.workdir),
+        closing(ledger),
         closing(Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
     ):
         with ledger.during("restore"):
             state, seconds_before = restore_or_begin(setup, checkpoints)
         started -= seconds_before
+        if int(state.step) < setup.task.total_steps:  # one that ended is not away
+            ledger.resume(setup.workdir, int(state.step), setup.task.total_steps)
         state, steps = train_and_evaluate(setup, state, checkpoints, started, ledger)
-        checkpoints.wait()
-        if steps == setup.task.total_steps:
-            finish(setup, state)
-        else:
+        with ledger.during("save"):
+            checkpoints.wait()
+            if steps == setup.task.total_steps:
+                finish(setup, state)
+        ledger.write()
+        logging.info("%s", summary(setup.workdir))
+        if steps < setup.task.total_steps:
             text = "stopped after step %d of %d and saved; the same command continues from there"
             logging.info(text, steps, setup.task.total_steps)
 
@@ -151,7 +158,8 @@ def train_and_evaluate(
         checkpoints.save(step, state, record)
 
     with closing(MetricsWriter(setup.workdir, start_step)) as writer:
-        inputs = task.inputs(data, state, setup.workdir)
+        with ledger.during("features"):
+            inputs = task.inputs(data, state, setup.workdir)
         shardings = shardings_of(setup.abstract)
         evaluate = Evaluation(task, inputs, writer, shardings, config.eval.batches)
         if start_step == total_steps:
@@ -176,22 +184,21 @@ def train_and_evaluate(
                 step = compile_step(task, setup.abstract)
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
             stop_signal = startup.StopSignal()
-            with ledger.during("step"):
-                return train(
-                    step,
-                    state,
-                    batches,
-                    metric_names=task.metric_names,
-                    place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
-                    start_step=start_step,
-                    total_steps=total_steps,
-                    log_every=config.log_every,
-                    report=Reporter(task, mesh, writer, len(data.train), host_batches),
-                    actions=actions,
-                    stop_requested=stop_signal,
-                    on_stop=save,
-                    ledger=ledger,
-                )
+            return train(
+                step,
+                state,
+                batches,
+                metric_names=task.metric_names,
+                place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
+                start_step=start_step,
+                total_steps=total_steps,
+                log_every=config.log_every,
+                report=Reporter(task, mesh, writer, len(data.train), host_batches, ledger),
+                actions=actions,
+                stop_requested=stop_signal,
+                on_stop=save,
+                ledger=ledger,
+            )
 
 
 def finish(setup: Setup, state: TrainState) -> None:

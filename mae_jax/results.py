@@ -1,10 +1,11 @@
-"""What supervised runs scored, as a Markdown table.
+"""What supervised runs scored, as a Markdown table; and where the time of any run went.
 
     python -m mae_jax.results WORKDIR...
 
 Every run of fine-tuning, training from scratch or linear probing leaves a `results.json` in its
 workdir. Runs that differ in nothing but the seed become one row, with mean and sample standard
-deviation of their accuracies, the mean loss and the median speed.
+deviation of their accuracies, the mean loss and the median speed. Every run keeps account of its
+time, finished or not, in `time.json`: see docs/time.md.
 """
 
 if __name__ == "__main__":
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 from mae_jax import UserError, cli
 from mae_jax.config import FREE_FIELDS, flatten, image_size
 from mae_jax.storage.files import read_json, write_json
+from mae_jax.train.ledger import summary
 from mae_jax.train.metrics import evaluation_at, read_metrics
 
 HEADER = (
@@ -154,15 +156,15 @@ def _percent(values: list[float | None]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = cli.Parser("results", __doc__)
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a finished run")
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
     args = parser.parse_args(argv)
-    found = []
+    found, times = [], []
     for workdir in dict.fromkeys(pathlib.Path(w).expanduser().resolve() for w in args.workdirs):
-        if (workdir / "results.json").exists():
-            found.append(read_results(workdir))
-        else:  # `runs/*` may be asked for
-            note = "no results.json, which a run of finetune, scratch or linear_probe ends with"
-            print(f"left out: {workdir}: {note}", file=sys.stderr)
-    if not found:
-        raise UserError("none of these workdirs holds the results of a finished supervised run")
-    print(table(found))
+        supervised, time = (workdir / "results.json").exists(), summary(workdir)
+        found += [read_results(workdir)] if supervised else []
+        times += [time] if time else []
+        if not (supervised or time):  # `runs/*` may be asked for
+            print(f"left out: {workdir}: no run has begun here", file=sys.stderr)
+    if not (found or times):
+        raise UserError("none of these workdirs holds a run")
+    print(*([table(found)] if found else []), *times, sep="\n\n")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from program import (
     run,
 )
 
+from mae_jax.train.ledger import read_times
 from mae_jax.train.metrics import read_metrics
 
 KILLS = int(os.environ.get("MAE_JAX_KILLS", "3"))  # of the SIGKILL test; 20 takes ten minutes
@@ -106,6 +108,39 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_continues(undisturbed, tmp_
     expected, found = exported(undisturbed), exported(tmp_path)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(tensor, found[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_time_is_accounted_for_across_a_kill_and_the_steps_it_cost_are_counted(tmp_path):
+    began = time.time()
+    first = subprocess.Popen(
+        command(tmp_path, steps=200),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    next(line for line in first.stderr if re.search(r" step (10|14|18|22)/", line))
+    first.kill()
+    first.communicate()
+    killed, before = time.time(), read_times(tmp_path)
+    assert 10 <= before["step"] < 200
+    result = run(tmp_path, steps=200)
+    ended, times = time.time(), read_times(tmp_path)
+    resumed = int(re.search(r"continuing from the checkpoint of step (\d+)", result.stderr)[1])
+    assert (times["starts"], times["step"]) == (2, 200)
+    assert times["steps_repeated"] == before["step"] - resumed
+    assert (times["seconds"].get("repeated", 0) > 0) == (before["step"] > resumed)
+    assert times["began"] == before["began"]
+    assert sum(times["seconds"].values()) == pytest.approx(times["until"] - times["began"], abs=0.1)
+    assert times["until"] - times["began"] > 0.5 * (ended - began)  # the rest is Python's imports
+    assert times["seconds"]["away"] > killed - before["until"]
+    goodput = [
+        line["goodput"] for line in read_metrics(tmp_path / "metrics.jsonl") if "goodput" in line
+    ]
+    assert len(goodput) == 200
+    assert goodput[-1] == pytest.approx(times["goodput"], rel=0.5)
+    assert "200 of 200 steps, 2 start(s)" in result.stderr
 
 
 def damage_checkpoints(workdir):

@@ -151,3 +151,23 @@ def test_broken_results_end_the_command_with_their_name(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'broken'}")
     assert "Traceback" not in done.stderr
+
+
+def test_the_time_of_any_run_is_told_one_under_way_or_pretraining_too(tmp_path):
+    run = finished(tmp_path / "run", 0.5)
+    (tmp_path / "mae").mkdir()
+    times = {"began": 100.0, "until": 200.0, "starts": 3, "step": 40, "total_steps": 800}
+    times |= {"steps_repeated": 7, "goodput": 0.8, "seconds": {"step": 80.0, "repeated": 20.0}}
+    (tmp_path / "mae" / "time.json").write_text(json.dumps(times))
+    time = [
+        f"{tmp_path / 'mae'}: 40 of 800 steps, 3 start(s), 01:40 in all, goodput 80.0%, last heard",
+        "  step           01:20  80.0%  training steps, each once",
+        "  repeated       00:20  20.0%  7 steps made again, ",
+    ]
+    done = command(tmp_path / "run", tmp_path / "mae")
+    assert done.stdout.startswith(f"{HEADER}\n{run['markdown']}\n\n")
+    for line, expected in zip(done.stdout.splitlines()[4:], time, strict=True):
+        assert line.startswith(expected)
+    alone = command(tmp_path / "mae")
+    assert alone.returncode == 0
+    assert alone.stdout == done.stdout.partition("\n\n")[2]

@@ -1,36 +1,171 @@
-"""Where the time of a run goes."""
+"""Where the time of a run goes, over all of its starts."""
 
 import collections
 import contextlib
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from mae_jax import UserError
+from mae_jax.storage.files import PathLike, read_json, write_json
+from mae_jax.train.metrics import read_metrics
+
+FILE = "time.json"
+PHASES = {  # in the order shown
+    "step": "training steps, each once",
+    "repeated": "steps made again, as the start that made them first did not save them",
+    "data": "devices without work until a batch is there",
+    "start": "data opened, pictures of inputs, whatever is not below",
+    "restore": "weights drawn, loaded, or read from a checkpoint",
+    "features": "computed and kept for linear probing",
+    "compile": "programs",
+    "evaluation": "",
+    "probe": "",
+    "pictures": "",
+    "save": "checkpoints, as far as steps wait for them, and the export",
+    "away": "from the last word of one start to the next",
+}
 
 
 class Ledger:
-    """Seconds by phase. Phases nest; time counts for the innermost."""
+    """Seconds by phase. Phases nest; time counts for the innermost.
+
+    From `resume` on process 0 keeps them in the workdir, with those of earlier starts. Others, and
+    runs without a workdir, count for themselves.
+    """
 
     def __init__(self, phase: str):
+        self.step = self.repeated = self._furthest = 0
         self.seconds: collections.Counter[str] = collections.Counter()
+        self._starts, self._path = 1, None
         self._phases = [phase]
-        self._since = time.perf_counter()
+        self._began, self._since = time.time(), time.perf_counter()
+        self._first_began = self._began
 
     @property
     def phase(self) -> str:
         """What the process is doing."""
         return self._phases[-1]
 
+    @property
+    def goodput(self) -> float:
+        """The share of steps, each counted once, in all the time since the run first started."""
+        self.count()
+        return self.seconds["step"] / self.seconds.total()
+
     @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Counts the block as `phase`."""
-        self._count()
+    def during(self, phase: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Counts the block as `phase`; as what surrounds it where `unless()` is true at its end."""
+        self.count()
         self._phases.append(phase)
         try:
             yield
         finally:
-            self._count()
+            if unless():
+                self._phases[-1] = self._phases[-2]
+            self.count()
             self._phases.pop()
 
-    def _count(self) -> None:
+    def advance(self, step: int) -> None:
+        """So many steps are done."""
+        if step <= self._furthest:
+            self.repeated += 1
+            if step == self._furthest:
+                self.count()
+        self.step = step
+
+    def count(self) -> None:
+        """Adds the time since the last call to its phase."""
         now = time.perf_counter()
-        self.seconds[self.phase] += now - self._since
+        again = self.phase == "step" and self.step < self._furthest
+        self.seconds["repeated" if again else self.phase] += now - self._since
         self._since = now
+
+    def resume(self, workdir: PathLike, step: int, total_steps: int) -> None:
+        """Goes on from step `step` with what earlier starts left in the workdir."""
+        self.step, self._total_steps = step, total_steps
+        if jax.process_index() != 0:
+            return
+        self._path = epath.Path(workdir) / FILE
+        try:
+            before = read_times(workdir)
+        except UserError as error:
+            logging.warning("the run's time is counted anew: %s", error)
+            before = None
+        if before is not None:
+            self.seconds.update(before["seconds"])
+            self.seconds["away"] += max(0.0, self._began - before["until"])
+            self.repeated, self._furthest = before["steps_repeated"], before["step"]
+            self._starts, self._first_began = before["starts"] + 1, before["began"]
+        self.write()
+
+    def write(self) -> None:
+        """Keeps the figures; what a killed start did after its last call counts as away."""
+        if self._path is not None:
+            write_json(self._path, self.record())
+
+    close = write
+
+    def record(self) -> dict[str, Any]:
+        """The figures as they are kept; times of day in seconds since 1970."""
+        goodput = self.goodput
+        return {
+            "began": self._first_began,
+            "until": time.time(),
+            "starts": self._starts,
+            "step": max(self.step, self._furthest),
+            "total_steps": self._total_steps,
+            "steps_repeated": self.repeated,
+            "goodput": goodput,
+            "seconds": {name: self.seconds[name] for name in PHASES if self.seconds[name]},
+        }
+
+
+def read_times(workdir: PathLike) -> dict[str, Any] | None:
+    """The `Ledger.record` that a run keeps in its workdir, None where there is none."""
+    path = epath.Path(workdir) / FILE
+    return read_json(path) if path.exists() else None
+
+
+def step_seconds(workdir: PathLike) -> float | None:
+    """A step's usual time: the median over log intervals, without waiting for data."""
+    lines = read_metrics(epath.Path(workdir) / "metrics.jsonl")
+    paces = [
+        line["train/seconds_per_step"] * (1 - line["train/data_wait"])
+        for line in lines
+        if "train/seconds_per_step" in line
+    ]
+    return statistics.median(paces) if paces else None
+
+
+def summary(workdir: PathLike) -> str:
+    """Where the time of a run went, as lines for people; empty where nothing was kept."""
+    times, usual = read_times(workdir), step_seconds(workdir)
+    if times is None:
+        return ""
+    total, done = sum(times["seconds"].values()), f"{times['step']} of {times['total_steps']} steps"
+    lines = [
+        f"{workdir}: {done}, {times['starts']} start(s), {tqdm.format_interval(total)} in all, "
+        f"goodput {times['goodput']:.1%}"
+    ]
+    if times["step"] < times["total_steps"]:
+        lines[0] += time.strftime(", last heard of %F %T", time.localtime(times["until"]))
+    for name, seconds in times["seconds"].items():
+        if seconds < 0.005:
+            continue
+        note = PHASES[name]
+        if name == "step" and usual:
+            slow = max(0.0, seconds - usual * times["step"])
+            note = f"median {usual:.3g} s; what slower steps took beyond it: {slow / total:.1%}"
+        if name == "repeated":
+            note = f"{times['steps_repeated']} {note}"
+        lines.append(
+            f"  {name:10} {tqdm.format_interval(seconds):>9} {seconds / total:6.1%}  {note}"
+        )
+    return "\n".join(lines)

@@ -1,6 +1,5 @@
 """The training loop. It knows no task: a step function, batches, and things to do at intervals."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -47,13 +46,13 @@ class Action(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """One log interval: mean metrics of its steps, seconds they took, seconds spent on data."""
+    """One log interval: mean metrics of its steps, seconds they took without actions."""
 
     metrics: dict[str, float]
     steps: int
     step: int
     seconds: float
-    data_seconds: float
+    data_seconds: float  # of these, in which devices waited for data
 
 
 def train(
@@ -83,13 +82,23 @@ def train(
       actions: run in order after a step, after a check for NaN: no broken state is ever saved.
       stop_requested: asked after every step with the number of steps done; True ends the run.
       on_stop: called in that case with the state to save.
-      ledger: counts the time of actions by their phase, and of waiting for batches.
+      ledger: counts steps and their time, that of actions by their phase, and of waiting for
+        batches while devices have nothing to do.
     """
     previous: jax.Array | None = None
     pending: tuple[Totals, int, float, float] | None = None
     totals = place_totals(zero_totals(metric_names))
-    # The interval's start, moved on by the time of actions; seconds of it spent on data.
-    start, waited = time.perf_counter(), 0.0
+
+    def spent() -> tuple[float, float]:
+        """Seconds so far without actions, and of them those of waiting for data."""
+        ledger.count()
+        data = ledger.seconds["data"]
+        return ledger.seconds["step"] + ledger.seconds["repeated"] + data, data
+
+    start = spent()
+
+    def devices_are_busy() -> bool:
+        return previous is not None and not previous.is_ready()
 
     def flush() -> None:
         nonlocal pending
@@ -102,12 +111,10 @@ def train(
             bar.show(report(interval), interval.step, interval.seconds / count)
             pending = None
 
-    with Progress(start_step, total_steps) as bar:
+    with Progress(start_step, total_steps) as bar, ledger.during("step"):
         for done in range(start_step + 1, total_steps + 1):
-            asked = time.perf_counter()
-            with ledger.during("data"):
+            with ledger.during("data", unless=devices_are_busy):
                 batch = next(batches)
-            waited += time.perf_counter() - asked
             state, totals = step_fn(state, totals, batch)
             last = done == total_steps
             # Waits for the step before: bounds the batches held, and makes the host's clock the
@@ -115,27 +122,27 @@ def train(
             if previous is not None:
                 previous.block_until_ready()
             previous = totals.count
+            ledger.advance(done)
             bar.advance()
 
             if done % log_every == 0 or last:
                 # Blocks until the previous interval is finished, while this one runs.
                 flush()
                 jax.tree.map(lambda x: x.copy_to_host_async(), totals)
-                now = time.perf_counter()
-                pending = (totals, done, now - start, waited)
-                start, waited = now, 0.0
+                now = spent()
+                pending = (totals, done, now[0] - start[0], now[1] - start[1])
+                start = now
                 totals = place_totals(zero_totals(metric_names))
 
             due = [x for x in actions if last or (x.every > 0 and done % x.every == 0)]
             stopping = not last and stop_requested(done)
             if due or stopping:
-                paused = time.perf_counter()
                 flush()
                 _check_finite(totals)  # waits for the device: what follows reads the state
                 for action in due:
                     with ledger.during(action.phase):
                         action.run(done, state)
-                start += time.perf_counter() - paused
+                    ledger.write()
             if stopping:
                 with ledger.during("save"):
                     on_stop(done, state)

@@ -5,6 +5,7 @@ import dataclasses
 from jax.sharding import Mesh
 
 from mae_jax.data.pipeline import Batches
+from mae_jax.train.ledger import Ledger
 from mae_jax.train.loop import Interval
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.task import Task
@@ -20,6 +21,7 @@ class Reporter:
     writer: MetricsWriter
     examples: int
     batches: Batches
+    ledger: Ledger
 
     def __call__(self, interval: Interval) -> str:
         task = self.task
@@ -29,9 +31,11 @@ class Reporter:
         scalars |= {
             "train/epoch": interval.step * task.batch_size / self.examples,
             "train/images_per_second": rate,
+            "train/seconds_per_step": interval.seconds / interval.steps,
             "train/data_wait": interval.data_seconds / interval.seconds,
             "train/skipped_records": self.batches.skipped,  # by this process, since its start
             "train/model_flops_per_second_per_device": flops,
+            "goodput": self.ledger.goodput,
         }
         line = (
             f"loss {interval.metrics['loss']:.4f}  lr {interval.metrics['lr']:.2e}  "
@@ -42,4 +46,5 @@ class Reporter:
             scalars["train/mfu"] = flops / peak
             line += f"  MFU {scalars['train/mfu']:.1%}"
         self.writer.write(interval.step, scalars)
+        self.ledger.write()
         return line
