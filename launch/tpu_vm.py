@@ -36,7 +36,7 @@ TRIES = 3  # of what should work on machines that are there
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARCHIVE = f"{tempfile.gettempdir()}/mae_jax.tar.gz"
-GCLOUD = "gcloud compute tpus queued-resources".split()
+GCLOUD = ["gcloud", "compute", "tpus", "queued-resources"]
 UNPACK = "rm -rf mae_jax && mkdir mae_jax && tar -xzf mae_jax.tar.gz -C mae_jax"
 HOST = "bash mae_jax/launch/host.sh"
 
