@@ -72,6 +72,7 @@ def manifest(
         "containers": [container],
         "volumes": [{"name": "memory", "emptyDir": {"medium": "Memory"}}],
     }
+    taken = {"type": "DisruptionTarget", "status": "True"}
     final = {"containerName": "train", "operator": "NotIn", "values": RESTART}
     job = {
         "parallelism": hosts,
@@ -81,7 +82,7 @@ def manifest(
         # counted, which ends the Job and restarts the JobSet.
         "podFailurePolicy": {
             "rules": [
-                {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget"}]},
+                {"action": "Count", "onPodConditions": [taken]},
                 {"action": "FailJob", "onExitCodes": final},
             ]
         },
