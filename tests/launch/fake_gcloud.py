@@ -1,7 +1,7 @@
-"""A `gcloud compute tpus queued-resources` whose pod is two folders of this machine: what it is told
-to run there runs, with the folder as home. $FAKE holds its state and `plan.txt`, what becomes of
-each pod that is asked for: refused (no capacity), failed (while waiting), taken (once its command
-wrote `ready`), unreachable (likewise) or kept. Every call is a line of `calls.txt`."""
+"""A `gcloud compute tpus queued-resources` whose pod is two folders of this machine: what it is
+told to run there runs, with the folder as home. $FAKE holds its state and `plan.txt`, what becomes
+of each pod that is asked for: refused (no capacity), denied, failed (while it waits), taken (once
+its command wrote `ready`), unreachable (likewise) or kept. Each call is a line of `calls.txt`."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The JobSet that launch/gke.py renders: against the CRD, the rules of restarts, and golden text."""
+"""The JobSet that launch/gke.py renders: against the CRD, the restart rules, golden text."""
 
 import copy
 import json
