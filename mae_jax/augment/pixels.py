@@ -10,6 +10,7 @@ def example_keys(key: jax.Array, step: jax.Array | int, positions: jax.Array) ->
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions)
 
 
+@jax.named_scope("images")
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
     """Mirrors each image [H, W, C] of [B, H, W, C] left to right with probability 1/2; keys [B]."""
     flip = jax.vmap(jax.random.bernoulli)(keys)  # [B]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("attention")
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Scaled dot-product attention of [B, N, heads, head_dim], softmax in float32; typed like `v`.
 

@@ -68,8 +68,9 @@ class MAE(nn.Module):
         state = self.target.init_state()
         if state is not None:
             state = jax.lax.stop_gradient(self.param("target_state", lambda _: state))
-        error = self.target.loss(predictions, self.target.values(images, state))  # [B, L]
-        return MAEOutput(masked_mean(error, masking.mask), predictions)
+        with jax.named_scope("target"):
+            error = self.target.loss(predictions, self.target.values(images, state))  # [B, L]
+            return MAEOutput(masked_mean(error, masking.mask), predictions)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Tokens [B, 1 + L, D] of whole images, nothing masked."""

@@ -43,12 +43,14 @@ def masking_from_scores(scores: jax.Array, kept: int) -> Masking:
     return Masking(ids_shuffle[:, :kept], ids_restore, mask)
 
 
+@jax.named_scope("masks")
 def sample_masking(kind: str, keys: jax.Array, grid: tuple[int, int], ratio: float) -> Masking:
     """One mask for each of `keys` [B] by the sampler `kind`, removing the share `ratio`."""
     scores = jax.vmap(lambda key: SAMPLERS[kind](key, grid, ratio))(keys)  # [B, L]
     return masking_from_scores(scores, num_kept(grid[0] * grid[1], ratio))
 
 
+@jax.named_scope("masks")
 def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `ids` [B, K] of `tokens` [B, N, D]: [B, K, D]."""
     return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)

@@ -81,8 +81,9 @@ class BaseTask:
         """One step down the gradients of `loss_fn`; see `gradients`."""
         types = {"compute_dtype": self.encoder.dtype, "reduce_dtype": self.reduce_dtype}
         grads, metrics = gradients(loss_fn, state, examples, mesh=self.mesh, parts=parts, **types)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "lr": self.schedule(state.step)}
-        return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
+        with jax.named_scope("optimizer"):
+            metrics |= {"grad_norm": optax.tree.norm(grads), "lr": self.schedule(state.step)}
+            return apply_gradients(state, grads, self.optimizer, self.ema_decay), metrics
 
     @property
     def fixed_positions(self) -> dict[str, np.ndarray]:
