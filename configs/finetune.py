@@ -72,7 +72,6 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
     if variant.startswith("vit_h"):
         config.augment.mix_group = 16  # images a GPU in the reference, 32 for the others
         config.model.patch_size = 14
-        config.mesh.data = 1
         config.mesh.fsdp = -1
         config.model.remat = "dots"
     if variant == "vit_h_448":

@@ -32,6 +32,5 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
         config.epochs = 400.0
     if variant == "vit_h":
         config.model.patch_size = 14
-        config.mesh.data = 1
         config.mesh.fsdp = -1
     return config

@@ -41,7 +41,6 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
     config.augment.smoothing = 0.1
     if variant == "vit_h":
         config.model.patch_size = 14
-        config.mesh.data = 1
         config.mesh.fsdp = -1
         config.model.remat = "dots"
     config.eval.every = 3120

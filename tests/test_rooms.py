@@ -18,7 +18,7 @@ ALLOWED = {
     "augment": {"storage", "models"},
     "distributed": {"storage", "models"},
     "interop": {"storage", "models"},
-    "planning": {"storage", "models"},
+    "planning": {"distributed", "storage", "models"},
     "train": {"planning", "data", "augment", "distributed", "interop", "storage", "models"},
     "pictures": {"data", "augment", "distributed", "interop", "storage", "models", "train"},
     "evaluators": {"data", "augment", "distributed", "interop", "storage", "models", "train"},

@@ -14,21 +14,23 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
+    """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves, and of two `fsdp`
+    takes a slice.
 
     Several TPU slices split the batch: `data` goes over the network between them, `fsdp` stays on
     the links inside one. Processes with GPUs or CPUs are no slices; their order makes neighbours.
     """
     devices = jax.devices() if devices is None else devices
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     try:
+        data = slices if data == fsdp == -1 else data
         data, fsdp = np.empty(len(devices)).reshape(data, fsdp).shape
     except ValueError as error:
         raise UserError(
             f"mesh.data = {data} by mesh.fsdp = {fsdp} does not cover the {len(devices)} device(s) "
             "present; -1 for one of them fits it to the other"
         ) from error
-    on_tpu = devices[0].platform == "tpu"
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if data % slices:
         raise UserError(
             f"mesh.fsdp = {fsdp} does not fit into a slice: there are {slices} of "

@@ -150,7 +150,7 @@ class Pod:
     def name(self) -> str:
         """As products are called."""
         one = f"{self.chip.name}-{self.chips_a_slice * self.chip.cores}"
-        return one if self.slices == 1 else f"{self.slices} x {one}"
+        return one if self.slices == 1 else f"{self.slices}x{one}"
 
     def topology(self) -> Any:
         """What JAX compiles for: the topology's devices have no memory and run nothing."""
@@ -170,7 +170,13 @@ class Pod:
 
 def parse_pod(text: str, slices: int = 1) -> Pod:
     """The pod that `text` names: as products are (`v4-128`, `v5litepod-256`) or libtpu's grids
-    (`v5e:4x4`). Names count cores for v2 to v4, v5p and tpu7x, chips for v5e and v6e."""
+    (`v5e:4x4`), `2x` before it for two slices. Names count cores for v2 to v4, v5p and tpu7x,
+    chips for v5e and v6e."""
+    if several := re.match(r"(\d+)x(?=[a-z])", text.strip().lower()):
+        text = text.strip()[several.end() :]
+        if slices > 1 or int(several[1]) < 1:
+            raise UserError(f"{several[0]}{text}: give the slices once, from 1")
+        slices = int(several[1])
     match = re.fullmatch(r"([a-z][a-z0-9 ]*?)(?:-(\d+)|[:=](\d+(?:x\d+)*))", text.strip().lower())
     generation = SPELLINGS.get(match[1], match[1]) if match else ""
     if match is None or generation not in CHIPS:

@@ -33,13 +33,14 @@ def slices(count, height, width):
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, -1, (1, 8)), (4, 2, (4, 2))]
+    ("data", "fsdp", "shape"),
+    [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, -1, (1, 8)), (-1, -1, (1, 8)), (4, 2, (4, 2))],
 )
 def test_minus_one_takes_what_the_other_axis_leaves(data, fsdp, shape):
     assert tuple(mesh_lib.make_mesh(data, fsdp).shape.values()) == shape
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(3, -1), (4, 4), (-1, 3), (-1, 16), (-1, -1), (8, 0)])
+@pytest.mark.parametrize(("data", "fsdp"), [(3, -1), (4, 4), (-1, 3), (-1, 16), (8, 0)])
 def test_a_mesh_that_does_not_cover_the_devices_is_refused(data, fsdp):
     with pytest.raises(ValueError, match=r"mesh\.data"):
         mesh_lib.make_mesh(data, fsdp)
@@ -52,6 +53,10 @@ def test_slices_split_the_batch_and_fsdp_stays_in_one(fsdp):
     of_rows = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     np.testing.assert_array_equal(of_rows, np.repeat(np.arange(4), 16).reshape(-1, fsdp))
     assert len(set(mesh.devices.flat)) == 64
+
+
+def test_fsdp_may_take_a_whole_slice():
+    assert dict(mesh_lib.make_mesh(-1, -1, slices(4, 4, 4)).shape) == {"data": 4, "fsdp": 16}
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(-1, 32), (1, -1), (2, 32)])

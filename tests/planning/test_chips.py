@@ -67,7 +67,10 @@ def test_what_no_product_has_is_refused_with_what_exists(name, message):
 
 def test_several_slices():
     pod = parse_pod("v5e-256", slices=2)
-    assert (pod.chips, pod.hosts, pod.chips_a_slice, pod.name) == (512, 128, 256, "2 x v5e-256")
+    assert (pod.chips, pod.hosts, pod.chips_a_slice, pod.name) == (512, 128, 256, "2xv5e-256")
+    assert parse_pod(pod.name) == pod
+    with pytest.raises(UserError, match="give the slices once"):
+        parse_pod("2xv5e-256", slices=2)
     with pytest.raises(UserError, match="--slices=2: slices of v3 cannot be joined"):
         parse_pod("v3-32", slices=2)
 
