@@ -44,10 +44,11 @@ from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
+from mae_jax.train.programs import compile_ahead
 from mae_jax.train.progress import with_clock
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
-from mae_jax.train.step import compile_step
+from mae_jax.train.step import lower_step
 from mae_jax.train.task import Task
 
 
@@ -170,7 +171,7 @@ def train_and_evaluate(
         if start_step == 0:
             task.draw_inputs(data, setup.workdir)
         actions = [
-            Action("evaluation", config.eval.every, evaluate),
+            Action("evaluation", config.eval.every, evaluate, evaluate.compile),
             *task.actions(config, data, writer, setup.workdir),
             Action("save", config.checkpoint.every, save),  # last: then all of it is done
         ]
@@ -181,7 +182,10 @@ def train_and_evaluate(
             sent = (mesh_lib.global_batch(x, positions, config.batch_size, mesh) for x in arrays)
             batches = (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))
             with ledger.during("compile"):
-                step = compile_step(task, setup.abstract)
+                programs = {"step": lambda: [lower_step(task, setup.abstract).compile()]}
+                for action in (action for action in actions if action.compile is not None):
+                    programs[action.phase] = functools.partial(action.compile, setup.abstract)
+                [step] = compile_ahead(programs, setup.abstract)["step"]
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
             stop_signal = startup.StopSignal()
             return train(

@@ -45,10 +45,13 @@ def assert_same_run(workdir, reference):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One finished run that nobody interrupted."""
+    """One finished run that nobody interrupted; its log tells what was compiled."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    result = run(workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_LOG_COMPILES", "1")
+        result = run(workdir)
     assert result.returncode == 0, result.stderr
+    (workdir / "log.txt").write_text(result.stderr)
     return workdir
 
 
@@ -69,6 +72,15 @@ def test_a_run_leaves_everything_its_users_rely_on(undisturbed):
     assert tensors["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
     assert tensors["pos_embed"].shape == (1, 17, 32)
     assert not any(name.startswith("decoder") or name == "mask_token" for name in tensors)
+
+
+def test_what_runs_at_intervals_is_compiled_before_the_first_step(undisturbed):
+    before, after = (undisturbed / "log.txt").read_text().split(" step 1/12 ")
+    for program in ("step", "eval_step", "reconstruct"):
+        assert f"Compiling jit({program}) " in before
+    compiled = set(re.findall(r"Compiling jit\((\w+)\)", after))
+    assert compiled <= {"fingerprint", "_multi_slice"}  # of a checkpoint: seconds at most
+    assert re.search(r"memory a device: step \S+, evaluation \S+, pictures \S+ GB; with", before)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):

@@ -1,5 +1,6 @@
 """The device mesh, and arrays on it: `data` and `fsdp` split the batch, `fsdp` the state too."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -91,6 +92,15 @@ def global_batch(
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, rows)
 
     return jax.tree.map(assemble, batch)
+
+
+def abstract_batch(schema: Mapping[str, tuple], batch_size: int, mesh: Mesh) -> Any:
+    """What `global_batch` returns, as shapes, types and shardings; `schema`: (shape, dtype)s."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in schema.items()
+    }
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -3,8 +3,11 @@
 import itertools
 from typing import Any
 
+import jax
+import numpy as np
 from absl import logging
 
+from mae_jax.data.record import ArraySpec
 from mae_jax.evaluators.over_split import OverSplit, means
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import TrainState
@@ -19,6 +22,12 @@ class Evaluation:
     ):
         self._inputs, self._writer, self._max_batches = inputs, writer, max_batches or None
         self._run = OverSplit(task.eval_step, task.mesh, task.eval_batch_size, shardings)
+
+        self._schema = {**task.batch_schema, "weight": ArraySpec((), np.float32)}
+
+    def compile(self, state: TrainState) -> list[jax.stages.Compiled]:
+        """Its program, for an abstract state, ahead of the first call."""
+        return [self._run.compile(state, self._schema)]
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Evaluates `state` and writes `eval/...` metrics of `step`."""

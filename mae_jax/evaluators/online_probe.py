@@ -10,7 +10,7 @@ from absl import logging
 
 from mae_jax import UserError
 from mae_jax.data.pipeline import eval_batches, example_index
-from mae_jax.data.record import DecodeError, Selection
+from mae_jax.data.record import ArraySpec, DecodeError, Selection
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes
 from mae_jax.distributed.sharding import abstract_state, shardings_of
@@ -88,6 +88,16 @@ class Probe:
         batches = sum(-(-len(part) // run.batch_size) for part in self._parts)
         bytes_kept = batches * len(run.positions) * math.prod(task.image_shape)
         self._keep = bytes_kept <= CACHE_BYTES
+        self._schema = {
+            "image": ArraySpec(task.image_shape, np.uint8),
+            "label": ArraySpec((), np.int32),
+            "weight": ArraySpec((), np.float32),
+        }
+
+    def compile(self, state: TrainState) -> list[jax.stages.Compiled]:
+        """Its programs, for an abstract state, ahead of the first call."""
+        self._initial_params = self._initial_params.lower().compile()
+        return [self._initial_params, self._run.compile(state.weights, self._schema)]
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Probes the best weights of `state` and writes the metrics of `step`."""

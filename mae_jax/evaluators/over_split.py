@@ -20,7 +20,13 @@ from tqdm import tqdm
 from mae_jax import UserError
 from mae_jax.data.pipeline import Transform, eval_batches
 from mae_jax.data.record import Selection, Source
-from mae_jax.distributed.mesh import batch_sharding, global_batch, local_positions, replicated
+from mae_jax.distributed.mesh import (
+    abstract_batch,
+    batch_sharding,
+    global_batch,
+    local_positions,
+    replicated,
+)
 from mae_jax.storage.files import complete_or_absent
 from mae_jax.storage.processes import in_every_process
 
@@ -48,11 +54,21 @@ class OverSplit:
         everywhere = replicated(mesh)
         self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
         self.positions = local_positions(self.batch_size, mesh)  # of this process
+        self._names: tuple[str, ...] = ()  # of the arrays it was compiled for; else it takes all
         self._function = jax.jit(
             function,
             in_shardings=(shardings or everywhere, batch_sharding(mesh), everywhere),
             out_shardings=everywhere,
         )
+
+    def compile(self, params: Any, schema: Mapping[str, tuple]) -> jax.stages.Compiled:
+        """The program, for abstract params and, of batches, the arrays of `schema`: from now on
+        it takes no others. `schema`: (shape of one example, dtype) by name."""
+        batch = abstract_batch(schema, self.batch_size, self.mesh)
+        number = jax.ShapeDtypeStruct((), np.int32)
+        self._function = self._function.lower(params, batch, number).compile()
+        self._names = tuple(schema)
+        return self._function
 
     def __call__(
         self, params: Any, batches: Iterable[Results], *, examples: int, label: str
@@ -65,7 +81,8 @@ class OverSplit:
         with _progress(examples, label) as progress:
             try:
                 for number, batch in enumerate(batches):
-                    batch = global_batch(dict(batch), self.positions, self.batch_size, self.mesh)
+                    batch = {name: batch[name] for name in self._names or batch}
+                    batch = global_batch(batch, self.positions, self.batch_size, self.mesh)
                     before, running = running, self._function(params, batch, np.int32(number))
                     if before is not None:
                         yield jax.device_get(before)

@@ -29,6 +29,13 @@ class Drawing:
         self._function = jax.jit(function, out_shardings=replicated(mesh))
         self._images, self._draw, self._directory, self._mesh = images, draw, directory, mesh
 
+    def compile(self, state: TrainState) -> list[jax.stages.Compiled]:
+        """Its program, for an abstract state, ahead of the first call."""
+        where = replicated(self._mesh)
+        images = jax.ShapeDtypeStruct(self._images.shape, self._images.dtype, sharding=where)
+        self._function = self._function.lower(state, images).compile()
+        return [self._function]
+
     def __call__(self, step: int, state: TrainState) -> None:
         """Writes the picture of `step`."""
         results = self._function(state, replicate(self._images, self._mesh))

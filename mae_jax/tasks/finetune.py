@@ -139,4 +139,4 @@ class Finetune(BaseTask):
     ) -> list[Action]:
         """Pictures of predictions."""
         pictures = draw_predictions(self, data, config.pictures.count, workdir / "predictions")
-        return [Action("pictures", config.pictures.every, pictures)]
+        return [Action("pictures", config.pictures.every, pictures, pictures.compile)]

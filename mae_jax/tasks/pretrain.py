@@ -104,10 +104,10 @@ class Pretrain(BaseTask):
         """Pictures of reconstructions, and the probe where one is asked for."""
         folder = workdir / "reconstructions"
         pictures = draw_reconstructions(self, data, config.pictures.count, folder)
-        actions = [Action("pictures", config.pictures.every, pictures)]
+        actions = [Action("pictures", config.pictures.every, pictures, pictures.compile)]
         if config.probe.every:
             probe = Probe(self, data, writer, **probe_options(config))
-            actions.append(Action("probe", config.probe.every, probe))
+            actions.append(Action("probe", config.probe.every, probe, probe.compile))
         return actions
 
 

@@ -43,6 +43,8 @@ class Action(NamedTuple):
     phase: str  # of the ledger
     every: int
     run: Callable[[int, TrainState], None]  # of (steps done, state)
+    # Compiles for an abstract state what `run` runs, which takes no time there then.
+    compile: Callable[[TrainState], Sequence[jax.stages.Compiled]] | None = None
 
 
 class Interval(NamedTuple):

@@ -149,3 +149,21 @@ def test_rows_of_another_key_are_told_and_computed_again(compute, tmp_path):
     assert compute(key="two")[1] == list(range(29))
     assert compute(key="two")[1] == []
     assert Parts(tmp_path, {"key": "two"}, np.arange(29)).foreign == set()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_compiled_ahead_it_gives_the_same_and_nothing_is_compiled_later(devices, caplog):
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    lazy, ahead = OverSplit(double, mesh, 8), OverSplit(double, mesh, 8)
+    params = jax.ShapeDtypeStruct((), np.float32)
+    program = ahead.compile(params, {"x": ((3,), np.float32), "weight": ((), np.float32)})
+    assert program.memory_analysis().output_size_in_bytes > 0
+    batches = list(Loader(Numbers(), lazy))
+    expected = rows(lazy(np.float32(1), batches, examples=29, label=""))
+    with jax.log_compiles():
+        more = [{**batch, "id": np.arange(8)} for batch in batches]  # not asked for
+        found = rows(ahead(np.float32(1), more, examples=29, label=""))
+    np.testing.assert_array_equal(found["y"], expected["y"])
+    assert "Compiling" not in caplog.text
+    with pytest.raises(TypeError):  # it takes what it was compiled for
+        list(ahead(np.zeros(3, np.float32), batches, examples=29, label=""))
