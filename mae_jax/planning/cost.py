@@ -143,7 +143,8 @@ def communication(
       pod: that it was compiled for.
       devices: in the order of the mesh (`mesh.devices.flat`); None: in the topology's own.
     """
-    places = [tuple(device.coords) for device in devices or pod.topology().devices]
+    devices = pod.topology().devices if devices is None else devices
+    places = [tuple(device.coords) for device in devices]
     sums: dict[tuple[str, str], list[float]] = {}
     for collective, count in program.collectives().items():
         group = [places[i] for i in collective.groups[0]] if collective.groups else places
