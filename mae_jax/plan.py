@@ -1,11 +1,14 @@
-"""Compiles a recipe's step for a TPU pod that is not there: does it fit, how fast might it go.
+"""Compiles a recipe's step for a TPU pod that is not there: does it fit, how long, at what cost.
 
-    python -m mae_jax.plan --config=configs/pretrain.py:vit_l \\
-        --topology=v5e:4x4 --config.batch_size=512
+    python -m mae_jax.plan --config=configs/pretrain.py:vit_l --topology=v5e-256
+    python -m mae_jax.plan --config=... --topology=v5e-256 --slices=2 --json
+    python -m mae_jax.plan --config=... --topology=v5e-256 --search
+    python -m mae_jax.plan --config=... --compare=v5e-256,v6e-64,v4-128 --price
 
-Runs on any CPU with the TPU compiler installed (`pip install "mae_jax[plan]"`). Memory and
-collectives are what the pod's executable has; cycles are the compiler's estimate, good for
-comparing layouts, not for predicting hours. Data is not read; its size only sets the schedule.
+Runs on any CPU with the TPU compiler installed (`pip install "mae_jax[plan]"`), in minutes. Memory
+and what devices exchange are those of the pod's executable; times are estimates, docs/plan.md says
+how good. Data is not read; its size only sets the schedule. Ends with status 0 where the step fits,
+3 where it does not.
 """
 
 if __name__ == "__main__":
@@ -13,102 +16,208 @@ if __name__ == "__main__":
 
     raise SystemExit(start("plan"))
 
-import collections
+import argparse
+import dataclasses
 import importlib.util
+import json
 import os
-import re
 import time
 from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
 import jax
-from jax.experimental import topologies
+from absl import logging
 from ml_collections import ConfigDict
 
 from mae_jax import UserError, cli
 from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
+from mae_jax.planning import cost, program
+from mae_jax.planning.chips import PRICES_OF, Chip, Pod, parse_pod
+from mae_jax.planning.figures import Layout, Plan, out_of_memory
+from mae_jax.planning.search import cheapest, modelled, order, search
+from mae_jax.planning.table import compared, describe, needs
 from mae_jax.tasks import create_task
 from mae_jax.train.progress import with_clock
 from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+DOES_NOT_FIT = 3
+# CPU-ms of a 224 px crop by `data.resize`, as `bench data` measured on photographs of ImageNet,
+# two threads on the two threads of one core of a server, as hosts' virtual CPUs are.
+DECODE_MS = {"exact": 3.6, "fast": 2.2}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the plan."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the plan; returns the exit status."""
     parser = cli.Parser("plan", __doc__)
-    parser.add_argument("--topology", default="v5e:4x4", help="generation:grid, as v5p:4x4x4")
+    pods = "product or generation:grid, as v5e-256, v4-128 or v5p:4x4x4"
+    parser.add_argument("--topology", default="v5e:4x4", metavar="POD", help=pods)
+    parser.add_argument("--slices", type=_at_least_one, default=1, help="pods of that kind, joined")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    what = "dollars a chip-hour, or default prices (not today's: " + PRICES_OF + ")"
+    parser.add_argument("--price", type=_price, nargs="?", const="on_demand", help=what)
+    what = "try layouts and sizes of the topology's chip; minutes each, at most eight"
+    parser.add_argument("--search", action="store_true", help=what)
+    what = "pods side by side; 2xv5e-256 for two slices"
+    parser.add_argument("--compare", metavar="POD,POD,...", help=what)
+    what = "sets the batch by the pod's size, in place of the recipe's"
+    parser.add_argument("--images_per_chip", type=_at_least_one, help=what)
+    what = "of the training split; its length sets the schedule (default: ImageNet's)"
+    parser.add_argument("--examples", type=_at_least_one, default=IMAGENET_TRAIN_IMAGES, help=what)
+    what = "CPU-ms to decode an image (default: measured for 224 px by `bench data`)"
+    parser.add_argument("--decode_ms", type=_positive, help=what)
     arguments = cli.parse_recipe(parser, argv)
-    for name, value in plan(arguments.config, arguments.topology).items():
-        print(f"{name:>28}: {value}")
+    if arguments.search and arguments.compare:
+        raise UserError("--search and --compare: give one of them")
+    planner = Planner(arguments)
+    if arguments.compare:
+        pods = [parse_pod(name) for name in arguments.compare.split(",")]
+        plans = sorted(planner.compare(pods), key=order)
+    else:
+        pod = parse_pod(arguments.topology, arguments.slices)
+        planner.price(pod.chip)  # refuses before minutes are spent
+        base = planner.layout(pod)
+        plans = search(base, pod, planner.compile) if arguments.search else []
+        plans = plans or [planner.compile(base, pod)]
+    several = bool(arguments.compare or arguments.search)
+    best = (arguments.compare and cheapest(plans)) or plans[0]
+    reason = _reason(best, plans) if several else ""
+    if arguments.json:
+        what = {"plans": [plan.as_json() for plan in plans], "reason": reason} if several else {}
+        print(json.dumps(best.as_json() | what))
+    else:
+        print(planner.title())
+        if several:
+            print(f"\n{compared(plans)}\n\n{reason}\n")
+        print(describe(best))
+    return 0 if best.fits else DOES_NOT_FIT
 
 
-def plan(config: ConfigDict, topology: str) -> dict[str, object]:
-    """Compiles the training step for `topology`: what it needs, as {what: figure}."""
-    config_lib.validate(config)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
+class Planner:
+    """Plans one recipe for any pod."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.config, self._arguments = arguments.config, arguments
+        config_lib.validate(self.config)
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
+        # The compiler of an absent TPU can write such a cache but not read it.
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def title(self) -> str:
+        """What is planned."""
+        model, size = self.config.model, "x".join(map(str, config_lib.image_size(self.config)))
+        return (
+            f"{self.config.task} of ViT-{model.variant.upper()}/{model.patch_size} at {size} px: "
+            "nothing was run, times are estimates"
+        )
+
+    def price(self, chip: Chip) -> tuple[float | None, str]:
+        """Dollars a chip-hour, and where they come from."""
+        kind = self._arguments.price
+        if not isinstance(kind, str):
+            return kind, "as given" if kind else ""
+        price = getattr(chip, kind)
+        if not price and not self._arguments.compare:
+            raise UserError(f"--price: none is known for {chip.name}; give dollars a chip-hour")
+        return price or None, f"{kind}, {PRICES_OF}"
+
+    def layout(self, pod: Pod) -> Layout:
+        """How the recipe's own fields spread its step over `pod`."""
+        config, given = self.config, self._arguments.images_per_chip
+        batch = given * pod.chips if given else config.batch_size
+        mesh = self._mesh(pod, config.mesh.data, config.mesh.fsdp)
+        mesh_lib.check_batch(batch, config.optim.accumulate, mesh)
+        return Layout(batch, config.optim.accumulate, config.model.remat, *mesh.shape.values())
+
+    def _mesh(self, pod: Pod, data: int, fsdp: int) -> jax.sharding.Mesh:
+        return mesh_lib.make_mesh(data, fsdp, list(pod.topology().devices))
+
+    def compile(self, layout: Layout, pod: Pod) -> Plan:
+        """What the step takes there."""
+        config = ConfigDict(self.config.to_dict())
+        config.batch_size, config.optim.accumulate = layout.batch_size, layout.accumulate
+        config.model.remat = layout.remat
+        config.mesh.data, config.mesh.fsdp = layout.data, layout.fsdp
+        mesh = self._mesh(pod, layout.data, layout.fsdp)
+        task = create_task(config, self._arguments.examples, config.head.classes or 1000, mesh)
+        abstract = abstract_state(task.init, mesh)
+        price, source = self.price(pod.chip)
+        plan = Plan(
+            pod=pod,
+            layout=layout,
+            steps=task.total_steps,
+            flops=layout.batch_size * task.train_flops_per_image,
+            state_bytes=bytes_per_device(abstract),
+            decode_ms=self._arguments.decode_ms or DECODE_MS[config.data.resize],
+            price=price,
+            price_source=source,
+        )
+        logging.info("compiling for %s: %s; this takes minutes ...", pod.name, layout)
+        started = time.time()
+        try:
+            compiled = with_clock("compiling", lower_step(task, abstract).compile)
+        except jax.errors.JaxRuntimeError as error:
+            plan = out_of_memory(plan, str(error))
+            if plan is None:
+                raise
+            logging.info("it does not fit: %s", needs(plan))
+            return plan
+        seconds = time.time() - started
+        logging.info("compiled in %.0f s", seconds)
+        read = program.read(compiled.as_text())
+        return dataclasses.replace(
+            plan,
+            program=read,
+            parts=cost.estimate(read, pod.chip),
+            exchanged=tuple(cost.communication(read, pod, list(mesh.devices.flat))),
+            peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
+            compile_seconds=seconds,
+        )
+
+    def compare(self, pods: Sequence[Pod]) -> list[Plan]:
+        """A plan for each; what is compiled for one slice serves others with as many images."""
+        plans: list[Plan] = []
+        for pod in pods:
+            layout = self.layout(pod)
+            same = (p for p in plans if p.fits and p.pod.chip == pod.chip and not p.modelled_from)
+            alike = (p for p in same if p.pod.slices == pod.slices == 1)
+            made = (modelled(p, pod) for p in alike if p.layout.images == layout.images)
+            plans.append(
+                next((p for p in made if p.layout == layout), None) or self.compile(layout, pod)
+            )
+        return plans
+
+
+def _reason(best: Plan, plans: Sequence[Plan]) -> str:
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return "none of these fits"
+    several = len({plan.pod for plan in fitting}) > 1
+    if best.price is not None:
+        return f"recommended: {best.pod.name}, the least dollars of those that fit"
+    why = "the shortest run of those that fit" if several else "the only one that fits"
+    return f"recommended: {best.pod.name}, {best.layout}: {why}; --price weighs what they cost"
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
     try:
-        devices = list(topologies.get_topology_desc(topology, "tpu").devices)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
-    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
-    task = create_task(config, IMAGENET_TRAIN_IMAGES, config.head.classes or 1000, mesh)
-    abstract = abstract_state(task.init, mesh)
-    start = time.time()
-    try:
-        compiled = with_clock("compiling", lower_step(task, abstract).compile)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the step does not fit: {reason}; see the table in README.md") from error
-    seconds = time.time() - start
-    memory = compiled.memory_analysis()
-    cycles, collectives = read_program(compiled.as_text())
-    images = config.batch_size // mesh.size
-    return {
-        "devices": f"{mesh.size} {devices[0].device_kind}",
-        "mesh": f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
-        "images a device": images,
-        "state a device": f"{bytes_per_device(abstract) / 1e9:.2f} GB",
-        "working memory a device": f"{memory.temp_size_in_bytes / 1e9:.2f} GB",
-        "peak memory a device": f"{memory.peak_memory_in_bytes / 1e9:.2f} GB",
-        "estimated cycles a step": f"{cycles / 1e6:.1f} M",
-        "model FLOP a cycle": f"{images * task.train_flops_per_image / cycles:.0f}",
-        "collectives": ", ".join(f"{n} {name}" for name, n in collectives.items()) or "none",
-        "compile time": f"{seconds:.0f} s",
-    }
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
 
 
-def read_program(text: str) -> tuple[int, dict[str, int]]:
-    """Estimated cycles and executed collectives of a compiled TPU program's text; a `while` body
-    counts as often as it runs: the constant its condition compares with."""
-    _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
-    marks, names, bodies = parts[::3], parts[1::3], parts[2::3]
-    computations = dict(zip(names, bodies, strict=True))
-
-    def walk(computation: str) -> tuple[int, collections.Counter]:
-        cycles, collectives = 0, collections.Counter()
-        for line in computations[computation].splitlines():
-            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-            cycles += int(estimate[1]) if estimate else 0
-            operation = re.search(r"= .*? ([a-z\-]+)\(", line)
-            kind = operation[1].removesuffix("-start") if operation else ""
-            if kind in COLLECTIVES:
-                collectives[kind] += 1
-            if loop := re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                limits = re.findall(r"s32\[\][^=]* constant\((\d+)\)", computations[loop[1]])
-                count = max(map(int, limits), default=1)
-                inner_cycles, inner = walk(loop[2])
-                cycles += count * inner_cycles
-                collectives.update({k: count * v for k, v in inner.items()})
-        return cycles, collectives
-
-    cycles, collectives = walk(names[marks.index("ENTRY ")])
-    return cycles, dict(collectives)
+def _price(text: str) -> str | float:
+    return text if text in ("spot", "on_demand") else _positive(text)

@@ -1,42 +1,135 @@
+import json
+import subprocess
+import sys
+
+import jax
 import pytest
 
-PROGRAM = """HloModule jit_step
+from mae_jax import UserError, plan
+from mae_jax.distributed.mesh import make_mesh
+from mae_jax.planning.chips import parse_pod
+from mae_jax.tasks import create_task
+from mae_jax.train.step import lower_step
 
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %x = f32[8] fusion(%p), backend_config={"estimated_cycles":"10"}
-  %g = f32[64] all-gather(%x), dimensions={0}, backend_config={"estimated_cycles":"5"}
-}
-
-%condition (p: (s32[], f32[8])) -> pred[] {
-  %limit = s32[] constant(24)
-  %lt = pred[] compare(%i, %limit), direction=LT
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %f = f32[8] fusion(%a), backend_config={"estimated_cycles":"1000"}
-  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body
-  %r = f32[8] all-reduce-start(%f), to_apply=%add
-  %d = f32[8] all-reduce-done(%r)
-}
-"""
+TINY = ["--config=quickstart"]
+TINY += [
+    f"--config.{field}"
+    for field in (
+        *("batch_size=16", "compute_dtype=bfloat16", "epochs=10", "steps=0"),
+        *("model.width=32", "model.depth=1", "model.heads=2"),
+        *("decoder.width=32", "decoder.depth=1", "decoder.heads=2"),
+    )
+]
 
 
-def test_cycles_and_collectives_of_a_loop_count_as_often_as_it_runs(monkeypatch):
-    from mae_jax import plan
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Fails where a refusal would cost minutes."""
 
-    cycles, collectives = plan.read_program(PROGRAM)
-    assert cycles == 1000 + 24 * 15
-    assert collectives == {"all-gather": 24, "all-reduce": 1}
+    def compile_(*args):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(plan.Planner, "compile", compile_)
 
 
-def test_a_step_compiles_for_an_absent_pod(tiny_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--topology=v5e-100"], "near it: v5e-64"),
+        (["--slices=0"], "'0' is no integer from 1"),
+        (["--topology=v3-32", "--slices=2"], "slices of v3 cannot be joined"),
+        (["--price=cheap"], "--price: 'cheap' is no number above 0"),
+        (["--price=-1"], "'-1' is no number above 0"),
+        (["--decode_ms=0"], "'0' is no number above 0"),
+        (["--topology=tpu7x-8", "--price=spot"], "none is known for tpu7x"),
+        (["--search", "--compare=v5e-4"], "give one of them"),
+        (["--compare=v5e-4,v9-4"], "'v9-4' names no TPU"),
+        (["--topology=v5e-256"], "batch_size = 16 does not divide over 256"),
+        (["--config.mesh.fsdp=3"], "mesh.data = -1 by mesh.fsdp = 3"),
+        (["--topology=2xv5e-4", "--config.mesh.fsdp=8"], "mesh.fsdp = 8 does not fit into a slice"),
+        (["--config.batch_size=x"], "batch_size = 'x'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(no_compiler, options, message):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
-    from mae_jax import plan
+    with pytest.raises(UserError) as error:
+        plan.main([*TINY, *options])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
+
+def test_a_step_compiles_for_an_absent_pod(tiny_config, capsys, monkeypatch):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
     tiny_config.compute_dtype = "bfloat16"
     tiny_config.mesh.fsdp = 2
-    report = plan.plan(tiny_config, "v5e:2x2")
-    assert report["devices"] == "4 TPU v5 lite"
-    assert report["mesh"] == "data 2 x fsdp 2"
-    assert report["images a device"] == 4
-    assert float(report["estimated cycles a step"].split()[0]) > 0
+    tiny_config.epochs, tiny_config.steps = 10.0, 0
+    monkeypatch.setattr("mae_jax.config.load_config", lambda recipe: tiny_config)
+    compiled = []
+
+    class Lowered:
+        def __init__(self, *step):
+            self._lowered = lower_step(*step)
+
+        def compile(self):
+            compiled.append(self._lowered.compile())
+            return compiled[0]
+
+    monkeypatch.setattr(plan, "lower_step", Lowered)
+    arguments = ["--config=tiny", "--topology=v5e-4", "--examples=1600", "--price=2", "--json"]
+    assert plan.main(arguments) == 0
+    figures = json.loads(capsys.readouterr().out)
+    memory = compiled[0].memory_analysis()
+    assert figures["peak_bytes"] == memory.peak_memory_in_bytes > figures["state_bytes"] > 0
+    mesh = make_mesh(2, 2, list(parse_pod("v5e:2x2").topology().devices))
+    task = create_task(tiny_config, 1600, None, mesh)
+    assert figures["fits"] is True
+    assert (figures["devices"], figures["hosts"], figures["steps"]) == (4, 1, 1000)
+    assert figures["mesh"] == {"data": 2, "fsdp": 2}
+    seconds = figures["step_seconds"]
+    assert 0 < seconds["hidden"] <= seconds["exposed"]
+    assert seconds["exposed"] == pytest.approx(
+        figures["compute_seconds"] + figures["communication_seconds"]
+    )
+    assert figures["hours"] == pytest.approx(1000 * seconds["exposed"] / 3600)
+    assert figures["dollars"] == pytest.approx(2 * 4 * figures["hours"])
+    kinds = {(one["kind"], one["over"]) for one in figures["collectives"]}
+    assert ("all-gather", "ici") in kinds
+    flops = 16 * task.train_flops_per_image
+    assert figures["mfu"] == pytest.approx(flops / seconds["exposed"] / (4 * 197e12))
+    params = jax.tree.leaves(jax.eval_shape(task.init).params)
+    gathered = sum(2 * x.size for x in params if x.ndim > 1)
+    assert figures["collective_bytes"] > gathered / 2  # of what each gathers from the other half
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_ends_with_three_and_advice():
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    command = [sys.executable, "-m", "mae_jax.plan", *TINY, "--topology=v5e:2x2"]
+    command += ["--config.batch_size=4000000"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["fits"] is False
+    assert figures["peak_bytes"] > figures["available_bytes"]
+    assert any("accumulate=2" in one for one in figures["advice"])
+    assert "needs" in done.stderr
+
+
+@pytest.mark.slow
+def test_pods_side_by_side_compile_once_for_as_many_images_on_a_chip(capsys, monkeypatch):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    compiled, compile_ = [], plan.Planner.compile
+    counted = lambda self, *what: compiled.append(what) or compile_(self, *what)  # noqa: E731
+    monkeypatch.setattr(plan.Planner, "compile", counted)
+    pods = "v5e-4,v5e-16,2xv5e-4"
+    assert plan.main([*TINY, f"--compare={pods}", "--images_per_chip=4", "--json", "--price"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    plans = {one["topology"]: one for one in figures["plans"]}
+    assert set(plans) == set(pods.split(","))
+    assert len(compiled) == 2
+    assert plans["v5e-16"]["modelled_from"] == "v5e-4"
+    assert plans["v5e-16"]["compute_seconds"] == plans["v5e-4"]["compute_seconds"]
+    assert plans["v5e-16"]["communication_seconds"] > plans["v5e-4"]["communication_seconds"]
+    assert any(one["over"] == "dcn" for one in plans["2xv5e-4"]["collectives"])
+    assert figures["topology"] == min(plans.values(), key=lambda one: one["dollars"])["topology"]
+    assert figures["topology"] in figures["reason"]

@@ -1,0 +1,151 @@
+"""Plans as a person reads them."""
+
+from collections.abc import Iterable, Sequence
+
+from mae_jax.planning.chips import GIB
+from mae_jax.planning.figures import TIGHT, Plan
+
+
+def describe(plan: Plan) -> str:
+    """One plan, from what it is of to what it takes."""
+    lines = [*_machine(plan), *_memory(plan)]
+    if plan.fits:
+        lines += [*_parts(plan), *_exchange(plan), *_schedule(plan), *_data(plan)]
+    return "\n".join(lines)
+
+
+def _section(name: str, *rows: str) -> list[str]:
+    return [f"{name:<10} {rows[0]}", *(f"{'':<10} {row}" for row in rows[1:])]
+
+
+def _machine(plan: Plan) -> list[str]:
+    pod, layout = plan.pod, plan.layout
+    grid = "x".join(map(str, pod.grid))
+    rings = f"{sum(pod.wrap)} of {len(pod.wrap)} sides rings"
+    devices = f", {pod.devices} devices" * (pod.devices != pod.chips)
+    return _section(
+        "pod",
+        f"{pod.name}: {pod.chips} chips {pod.chip.kinds[0]}{devices}, {pod.hosts} hosts; "
+        f"slices of {grid}, {rings}",
+        f"data {layout.data} x fsdp {layout.fsdp}; {layout.images} images a device at a time, "
+        f"batch {layout.batch_size}",
+    )
+
+
+def _memory(plan: Plan) -> list[str]:
+    room, peak = plan.pod.chip.device_bytes / GIB, plan.peak_bytes / GIB
+    if not plan.fits:
+        return _section("memory", f"does not fit: {needs(plan)}")
+    left = room - peak
+    return _section(
+        "memory",
+        f"fits: {peak:.2f} of {room:.2f} GiB a device at its peak, {left:.2f} GiB "
+        f"({left / room:.0%}) to spare; parameters and optimizer {plan.state_bytes / GIB:.2f} GiB",
+    )
+
+
+def needs(plan: Plan) -> str:
+    """Why a plan does not fit, and what may help."""
+    room, peak = plan.pod.chip.device_bytes / GIB, plan.peak_bytes / GIB
+    return f"needs {peak:.1f} of {room:.2f} GiB: try " + ", or ".join(plan.advice)
+
+
+def _parts(plan: Plan) -> list[str]:
+    clock, rows = plan.pod.chip.clock, []
+    for name, part in sorted(plan.parts.items(), key=lambda item: -item[1].seconds):
+        busy = (part.matmul_seconds, part.vector_seconds, part.hbm_seconds, part.bundle_seconds)
+        cells = ["-" if seconds is None else f"{1e3 * seconds:.2f}" for seconds in busy]
+        share = f"{part.seconds / plan.compute:.0%}"
+        compiler = f"{1e3 * part.estimated_cycles / clock:.2f}"
+        rows.append((name, f"{1e3 * part.seconds:.2f}", share, *cells, compiler))
+    total = sum(part.estimated_cycles for part in plan.parts.values()) / clock
+    rows.append(("all", f"{1e3 * plan.compute:.2f}", *[""] * 5, f"{1e3 * total:.2f}"))
+    head = ("ms a step", "takes", "share", "matrices", "vectors", "memory", "bundles")
+    head += ("compiler says",)
+    return ["", *columns([head, *rows])]
+
+
+def _exchange(plan: Plan) -> list[str]:
+    if not plan.exchanged:
+        return ["", "no exchange between devices"]
+    head = ("exchange", "over", "times", "MB a chip", "ms")
+    rows = [
+        (one.kind, one.over, str(one.count), f"{one.bytes / 1e6:.1f}", f"{1e3 * one.seconds:.2f}")
+        for one in plan.exchanged
+    ]
+    return ["", *columns([head, *rows])]
+
+
+def _schedule(plan: Plan) -> list[str]:
+    seconds = f"{1e3 * plan.hidden:.1f} to {1e3 * plan.exposed:.1f} ms"
+    rows = [
+        f"{seconds} a step (exchange hidden behind compute, or not); MFU {plan.mfu:.1%}",
+        f"{plan.steps:,} steps: {_amount(plan.hours)} h, {_amount(plan.chip_hours)} chip-hours; "
+        "starts, evaluation, saving, waiting and repeated steps come on top",
+    ]
+    if plan.dollars is not None:
+        rows.append(
+            f"${_amount(plan.dollars)} at ${plan.price:g} a chip-hour ({plan.price_source}): "
+            "an estimate, no offer"
+        )
+    return ["", *_section("estimate", *rows)]
+
+
+def _data(plan: Plan) -> list[str]:
+    need, have = plan.cores_needed, plan.cores
+    rows = [
+        f"each host decodes {plan.images_per_host:,.0f} images/s: {_amount(need)} of its "
+        f"{have:.0f} cores at {plan.decode_ms:g} CPU-ms an image (measure yours: `bench data`)"
+    ]
+    if plan.starves:
+        rows.append(
+            f"too few: the devices wait, {_amount(plan.hours_with_data)} h in all; "
+            "try --config.data.resize=fast, or slower chips"
+        )
+    elif need > TIGHT * have:
+        rows.append("that is tight: a host has other work too")
+    return _section("data", *rows)
+
+
+def compared(plans: Iterable[Plan]) -> str:
+    """Plans side by side."""
+    plans = list(plans)
+    priced = any(plan.price is not None for plan in plans)
+    head = ("pod", "images", "remat", "fsdp", "accum.", "GiB", "ms a step", "MFU", "hours")
+    head += ("chip-hours", *["dollars"] * priced, "hosts' cores")
+    rows = []
+    for plan in plans:
+        layout = plan.layout
+        room, peak = plan.pod.chip.device_bytes / GIB, plan.peak_bytes / GIB
+        row = [plan.pod.name + " *" * bool(plan.modelled_from), str(layout.images), layout.remat]
+        row += [str(layout.fsdp), str(layout.accumulate), f"{peak:.1f} of {room:.1f}"]
+        if plan.fits:
+            dollars = "-" if plan.dollars is None else _amount(plan.dollars)
+            row += [f"{1e3 * plan.hidden:.1f} to {1e3 * plan.exposed:.1f}", f"{plan.mfu:.1%}"]
+            row += [_amount(plan.hours), _amount(plan.chip_hours), *[dollars] * priced]
+            row += [f"{_amount(plan.cores_needed)} of {plan.cores:.0f}" + " starve" * plan.starves]
+        else:
+            row += ["does not fit", *[""] * (len(head) - 7)]
+        rows.append(row)
+    lines = columns([head, *rows])
+    modelled = {plan.modelled_from for plan in plans} - {""}
+    if modelled:
+        lines.append(f"* modelled from what was compiled for {', '.join(sorted(modelled))}")
+    return "\n".join(lines)
+
+
+def _amount(number: float) -> str:
+    """With as many digits as such an estimate deserves."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, the first column to the left, others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
