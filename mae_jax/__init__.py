@@ -12,6 +12,22 @@ class UserError(ValueError):
     """Something a user can mend; the message names the field or file and the remedy. Commands show
     it alone and exit with status 2; other errors, ours, show a traceback."""
 
+    exit_code = 2
+
+
+class TryAgainError(RuntimeError):
+    """The same command may well succeed, or continue, when it is started again: exit status 42."""
+
+    exit_code = 42
+
+
+class PeerError(RuntimeError):
+    """What ended another process of the run, with the status it ended with."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
 
 def load(path: str, **overrides: Any) -> "Model":
     """A pretrained model, to encode, reconstruct and classify pictures with.

@@ -2,7 +2,7 @@
 
 A command is a module of this package with `main(argv)`. What a user can mend (`UserError`) ends it
 with one line, `error: MESSAGE`, and exit status 2; Ctrl-C with one line and status 130. Any other
-exception is a fault of the program and shows its traceback.
+exception is a fault of the program and shows its traceback. docs/failures.md has all statuses.
 """
 
 import argparse
@@ -58,14 +58,21 @@ def start(command: str, argv: Sequence[str] | None = None) -> int | None:
         set_up_logging()
         module = importlib.import_module(f"mae_jax.{'main' if command == 'train' else command}")
         return module.main(argv)
-    except UserError as error:
+    except KeyboardInterrupt:
+        from mae_jax.distributed import fate
+
+        fate.leave(fate.BY_CTRL_C, "stopped by Ctrl-C")  # a compilation cannot be waited for
+    except Exception as error:
+        if "mae_jax.distributed.fate" in sys.modules:
+            from mae_jax.distributed import fate
+
+            fate.fail(error)  # ends here if the run has several processes
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
         logging.debug("traceback", exc_info=True)
         lines = (line.strip() for line in str(error).splitlines())
-        print("error:", " ".join(lines), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: a compilation in another thread cannot be waited for
+        print("error: " * (code != 42) + " ".join(lines), file=sys.stderr)
+        sys.exit(code)
 
 
 def _skip_absent_tpu() -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -25,11 +26,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mae_jax
-from mae_jax import UserError, cli
+from mae_jax import TryAgainError, UserError, cli
 from mae_jax import config as config_lib
 from mae_jax.data.splits import Splits
+from mae_jax.distributed import fate, startup, stopping
 from mae_jax.distributed import mesh as mesh_lib
-from mae_jax.distributed import startup
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
 from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.class_names import require_same_classes
@@ -56,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = cli.Parser("train", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of this run; an old one goes on")
-    arguments = cli.parse_recipe(parser, argv)
     ledger = Ledger("start")
-    startup.initialize()
+    if not {"-h", "--help", "--version"} & set(sys.argv[1:] if argv is None else argv):
+        startup.initialize()  # first of all: what is wrong in one process ends all
+    arguments = cli.parse_recipe(parser, argv)
     run(arguments.config, arguments.workdir, ledger)
 
 
@@ -84,21 +86,35 @@ def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
         closing(ledger),
         closing(Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
     ):
-        with ledger.during("restore"):
-            state, seconds_before = restore_or_begin(setup, checkpoints)
-        started -= seconds_before
-        if int(state.step) < setup.task.total_steps:  # one that ended is not away
-            ledger.resume(setup.workdir, int(state.step), setup.task.total_steps)
-        state, steps = train_and_evaluate(setup, state, checkpoints, started, ledger)
-        with ledger.during("save"):
-            checkpoints.wait()
-            if steps == setup.task.total_steps:
-                finish(setup, state)
-        ledger.write()
-        logging.info("%s", summary(setup.workdir))
-        if steps < setup.task.total_steps:
-            text = "stopped after step %d of %d and saved; the same command continues from there"
-            logging.info(text, steps, setup.task.total_steps)
+        try:
+            with ledger.during("restore"):
+                state, seconds_before, due = restore_or_begin(setup, checkpoints)
+            started -= seconds_before
+            if int(state.step) < setup.task.total_steps:  # one that ended is not away
+                ledger.resume(setup.workdir, int(state.step), setup.task.total_steps)
+            state, steps, stopped = train_and_evaluate(
+                setup, state, checkpoints, started, ledger, due
+            )
+            with ledger.during("save"):
+                checkpoints.wait()
+                in_every_process(stopping.disarm)
+                if not stopped:
+                    finish(setup, state)
+            ledger.write()
+            logging.info("%s", summary(setup.workdir))
+            if stopped:
+                leave_saved(steps, setup.task.total_steps)
+        except BaseException as error:
+            fate.fail(error)  # before anything here waits for other processes
+            raise
+
+
+def leave_saved(steps: int, total: int) -> None:
+    """Ends a run that was told to stop, when all its processes have saved."""
+    text = f"stopped after step {steps} of {total} and saved; the same command continues from there"
+    if stopping.by_ctrl_c():
+        fate.leave(fate.BY_CTRL_C, text)
+    raise TryAgainError(text)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -112,14 +128,16 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
 
-def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, float]:
-    """The state to go on from, and the seconds that it took."""
+def restore_or_begin(
+    setup: Setup, checkpoints: Checkpoints
+) -> tuple[TrainState, float, Sequence[str]]:
+    """The state to go on from, the seconds that it took, and what is still to be done with it."""
     config, task = setup.config, setup.task
     check = functools.partial(check_fits, config=config, data=setup.data)
     restored = checkpoints.restore_newest(setup.abstract, check, task.fixed_positions)
     if restored is not None:
         state, record = restored
-        seconds = record["elapsed_seconds"]
+        seconds, due = record["elapsed_seconds"], record.get("due", ())
         logging.info("continuing from the checkpoint of step %d", int(state.step))
     else:
         steps = [line["step"] for line in read_metrics(setup.workdir / "metrics.jsonl")]
@@ -134,21 +152,30 @@ def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState
             weights, report = in_every_process(load)
             logging.info("%s", report)
             state = state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))
-        seconds = 0.0
+        seconds, due = 0.0, ()
     text = config.to_json(indent=2, sort_keys=True) + "\n"
     in_process_0(write_atomically, setup.workdir / "config.json", text)
-    return state, seconds
+    return state, seconds, due
 
 
 def train_and_evaluate(
-    setup: Setup, state: TrainState, checkpoints: Checkpoints, started: float, ledger: Ledger
-) -> tuple[TrainState, int]:
-    """Trains from where `state` is, evaluating and saving; the state and the number of steps."""
+    setup: Setup,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    started: float,
+    ledger: Ledger,
+    due: Sequence[str],
+) -> tuple[TrainState, int, bool]:
+    """Trains from where `state` is, evaluating and saving; as `train.loop.train`.
+
+    `due`: actions that a stop kept from being done with `state`.
+    """
     config, data, task, mesh = setup.config, setup.data, setup.task, setup.mesh
     start_step, total_steps = int(state.step), setup.task.total_steps
 
-    def save(step: int, state: TrainState) -> None:
+    def save(step: int, state: TrainState, due: Sequence[str] = ()) -> None:
         record = {
+            "due": [phase for phase in due if phase != "save"],
             "config": config.to_dict(),
             "model": task.spec.to_json(),
             "seed": config.seed,
@@ -163,18 +190,23 @@ def train_and_evaluate(
             inputs = task.inputs(data, state, setup.workdir)
         shardings = shardings_of(setup.abstract)
         evaluate = Evaluation(task, inputs, writer, shardings, config.eval.batches)
-        if start_step == total_steps:
-            missing = evaluation_at(setup.workdir, total_steps) is None
-            if tell_all(str(missing))[0] == "True":  # whoever lost the metrics, all evaluate
-                evaluate(total_steps, state)
-            return state, total_steps
-        if start_step == 0:
-            task.draw_inputs(data, setup.workdir)
         actions = [
             Action("evaluation", config.eval.every, evaluate, evaluate.compile),
             *task.actions(config, data, writer, setup.workdir),
             Action("save", config.checkpoint.every, save),  # last: then all of it is done
         ]
+        if start_step == total_steps:
+            missing = evaluation_at(setup.workdir, total_steps) is None
+            if tell_all(str(missing))[0] == "True":  # whoever lost the metrics, all evaluate
+                due = [*due, "evaluation"]
+        for action in actions:
+            if action.phase in due:
+                with ledger.during(action.phase):
+                    action.run(start_step, state)
+        if start_step == total_steps:
+            return state, total_steps, False
+        if start_step == 0:
+            task.draw_inputs(data, setup.workdir)
         positions = mesh_lib.local_positions(config.batch_size, mesh)
         with inputs.train_batches(positions, start_step, total_steps) as host_batches:
             # Global batches, the next on its way while the current one is used.
@@ -187,7 +219,7 @@ def train_and_evaluate(
                     programs[action.phase] = functools.partial(action.compile, setup.abstract)
                 [step] = compile_ahead(programs, setup.abstract)["step"]
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
-            stop_signal = startup.StopSignal()
+            stopping.arm()
             return train(
                 step,
                 state,
@@ -199,7 +231,7 @@ def train_and_evaluate(
                 log_every=config.log_every,
                 report=Reporter(task, mesh, writer, len(data.train), host_batches, ledger),
                 actions=actions,
-                stop_requested=stop_signal,
+                stop_requested=stopping.poll,
                 on_stop=save,
                 ledger=ledger,
             )

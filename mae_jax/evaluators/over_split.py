@@ -27,6 +27,7 @@ from mae_jax.distributed.mesh import (
     local_positions,
     replicated,
 )
+from mae_jax.distributed.stopping import check
 from mae_jax.storage.files import complete_or_absent
 from mae_jax.storage.processes import in_every_process
 
@@ -42,6 +43,7 @@ class OverSplit:
     A batch, a dict of arrays [batch_size, ...] padded by rows of "weight" 0, is split over the
     mesh: its size is rounded up to a multiple of the devices. Results, a dict of arrays, come whole
     to the host of every process, one batch late: meanwhile the next is decoded and sent.
+    StoppedError, between two batches: the process was told to stop.
     `shardings`: of params; None: a copy on every device. Raises UserError: the batch size is not
     positive.
     """
@@ -81,6 +83,7 @@ class OverSplit:
         with _progress(examples, label) as progress:
             try:
                 for number, batch in enumerate(batches):
+                    check()
                     batch = {name: batch[name] for name in self._names or batch}
                     batch = global_batch(batch, self.positions, self.batch_size, self.mesh)
                     before, running = running, self._function(params, batch, np.int32(number))

@@ -102,6 +102,13 @@ def read_newest(
     raise UserError("; ".join([f"{directory}: no complete checkpoint here", *notes]))
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves it to us to stop: its own questions would upset our count of ours."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The numbered checkpoints of one run, the newest `keep` of them.
 
@@ -117,7 +124,7 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self.directory, options=options)
+        return _Manager(self.directory, options=options)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts writing the checkpoint of `step`, unless that was done just before.

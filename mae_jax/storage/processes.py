@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import pathlib
@@ -13,7 +14,7 @@ import jax
 from absl import logging
 from jax._src import distributed  # whose store of keys and values has no public name
 
-from mae_jax import UserError
+from mae_jax import PeerError, TryAgainError, UserError
 from mae_jax.storage.files import explain_failure
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ _rounds = itertools.count()
 
 
 def in_every_process(function: Callable[..., T], *args: object) -> T:
-    """`function(*args)`, or an error in every process: its own, or a UserError with the others'.
+    """`function(*args)`, or an error in every process: its own, or one with the others' message.
 
     Without this, one process would leave and the others wait for it in their next collective. The
     function itself must not contain collectives that a failure could miss.
@@ -33,11 +34,14 @@ def in_every_process(function: Callable[..., T], *args: object) -> T:
     try:
         result = function(*args)
     except Exception as error:  # Whatever it is, the others must learn of it.
-        tell_all(first_line(error) or "failed")
+        tell_all(f"{getattr(error, 'exit_code', 1)} {first_line(error)}")
         raise
-    told = tell_all("")
-    if problems := [f"process {i}: {text}" for i, text in enumerate(told) if text]:
-        raise UserError("; ".join(problems))
+    told = [text.partition(" ") for text in tell_all("")]
+    if problems := [f"process {i}: {text}" for i, (code, _, text) in enumerate(told) if code]:
+        code = min(int(code) for code, *_ in told if code)
+        kinds = {kind.exit_code: kind for kind in (UserError, TryAgainError)}
+        make = kinds.get(code, functools.partial(PeerError, exit_code=code))
+        raise make("; ".join(problems))
     return result
 
 
@@ -67,7 +71,8 @@ def tell_all(text: str) -> list[str]:
 def first_line(error: BaseException) -> str:
     """An error in one line: the message of those meant for people, others with their type."""
     text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"[:500]
+    ours = isinstance(error, (UserError, TryAgainError, PeerError))
+    return text if ours else f"{type(error).__name__}: {text}"[:500]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax import UserError
+from mae_jax.distributed.stopping import StoppedError
 from mae_jax.train.ledger import Ledger
 from mae_jax.train.progress import Progress
 from mae_jax.train.state import Metrics, TrainState
@@ -69,11 +70,11 @@ def train(
     log_every: int,
     report: Callable[[Interval], str],
     actions: Sequence[Action],
-    stop_requested: Callable[[int], bool],
-    on_stop: Callable[[int, TrainState], None],
+    stop_requested: Callable[[], bool],
+    on_stop: Callable[[int, TrainState, list[str]], None],
     ledger: Ledger,
-) -> tuple[TrainState, int]:
-    """Steps `start_step` to `total_steps`: the state, and the steps done (fewer after a stop).
+) -> tuple[TrainState, int, bool]:
+    """Steps `start_step` to `total_steps`: the state, the steps done, and whether it was stopped.
 
     UserError: names the first step with a loss or gradient norm that is not finite.
 
@@ -82,8 +83,9 @@ def train(
       batches: device batches, the first one for `start_step`.
       report: takes every finished interval, one interval late, and returns the line to show.
       actions: run in order after a step, after a check for NaN: no broken state is ever saved.
-      stop_requested: asked after every step with the number of steps done; True ends the run.
-      on_stop: called in that case with the state to save.
+      stop_requested: asked after every step; True ends the run, as an action does that raises
+        StoppedError.
+      on_stop: called in that case with the state to save and the phases of actions still due.
       ledger: counts steps and their time, that of actions by their phase, and of waiting for
         batches while devices have nothing to do.
     """
@@ -137,20 +139,24 @@ def train(
                 totals = place_totals(zero_totals(metric_names))
 
             due = [x for x in actions if last or (x.every > 0 and done % x.every == 0)]
-            stopping = not last and stop_requested(done)
-            if due or stopping:
+            stopped = stop_requested()
+            if due or stopped:
                 flush()
                 _check_finite(totals)  # waits for the device: what follows reads the state
-                for action in due:
-                    with ledger.during(action.phase):
-                        action.run(done, state)
-                    ledger.write()
-            if stopping:
+                try:
+                    while due and not stopped:
+                        with ledger.during(due[0].phase):
+                            due[0].run(done, state)
+                        ledger.write()
+                        del due[0]
+                except StoppedError:
+                    stopped = True
+            if stopped:
                 with ledger.during("save"):
-                    on_stop(done, state)
-                return state, done
+                    on_stop(done, state, [action.phase for action in due])
+                return state, done, True
         flush()
-    return state, total_steps
+    return state, total_steps, False
 
 
 def _check_finite(totals: Totals) -> None:

@@ -121,7 +121,7 @@ def test_the_loop_tells_steps_waiting_and_actions_apart(clock):
         log_every=2,
         report=lambda interval: intervals.append(interval) or "",
         actions=[Action("evaluation", 2, lambda step, state: clock(100))],
-        stop_requested=lambda step: False,
+        stop_requested=lambda: False,
         on_stop=lambda step, state: None,
         ledger=ledger,
     )

@@ -1,16 +1,19 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mae_jax import UserError
+from mae_jax.distributed.stopping import StoppedError
 from mae_jax.train.ledger import Ledger
 from mae_jax.train.loop import Action, add_totals, train
 
 
 def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
     """Trains a state that is a step counter; step i reports losses[i]."""
-    intervals, stopped = [], []
+    intervals, stopped, polls = [], [], itertools.count(start + 1)
 
     @jax.jit
     def step_fn(state, totals, batch):
@@ -20,7 +23,7 @@ def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
         intervals.append(interval)
         return ""
 
-    state, done = train(
+    state, done, _ = train(
         step_fn,
         jnp.asarray(start),
         (jnp.asarray(loss, jnp.float32) for loss in losses[start:]),
@@ -31,8 +34,8 @@ def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
         log_every=log_every,
         report=report,
         actions=actions,
-        stop_requested=lambda step: step == stop_at,
-        on_stop=lambda step, state: stopped.append((step, int(state))),
+        stop_requested=lambda: next(polls) == stop_at,
+        on_stop=lambda step, state, due: stopped.append((step, int(state), due)),
         ledger=Ledger("start"),
     )
     return int(state), done, intervals, stopped
@@ -77,8 +80,28 @@ def test_a_non_finite_loss_between_logs_is_seen_before_a_save():
 
 def test_a_stop_request_hands_over_the_state_of_that_step():
     state, done, intervals, stopped = run([1.0] * 9, stop_at=5)
-    assert (state, done, stopped) == (5, 5, [(5, 5)])
+    assert (state, done, stopped) == (5, 5, [(5, 5, [])])
     assert [i.step for i in intervals] == [2, 4]
+
+
+@pytest.mark.parametrize("stop_at", [None, 6, 9])
+def test_a_stop_hands_over_what_was_still_to_be_done(stop_at):
+    """Whether it is told before an action (at step 6, at the last one), or given up by it."""
+
+    def given_up(step, state):
+        raise StoppedError
+
+    calls = []
+    first = Action("evaluation", 3, lambda *_: calls.append("evaluation"))
+    probe = Action("probe", 3, given_up if stop_at is None else lambda *_: calls.append("probe"))
+    every = [first, probe, Action("save", 3, lambda *_: calls.append("save"))]
+    _, done, _, stopped = run([1.0] * 9, actions=every, stop_at=stop_at)
+    if stop_at is None:
+        assert (calls, stopped) == (["evaluation"], [(3, 3, ["probe", "save"])])
+    else:
+        assert calls == ["evaluation", "probe", "save"] * (stop_at // 3 - 1)
+        assert stopped == [(stop_at, stop_at, ["evaluation", "probe", "save"])]
+    assert done == stopped[0][0]
 
 
 def test_a_run_continued_in_the_middle_draws_the_batches_from_there():

@@ -1,0 +1,63 @@
+"""The program with a fault in one process, for test_fate.py.
+
+`python faulty.py ACTION PROCESS PHASE NTH -- OPTIONS OF mae_jax.main`: process PROCESS does ACTION
+when it enters PHASE of the time ledger for the NTH time (`start`: before anything). Marks in the
+workdir, of faults that happened, keep a restarted program from having it again.
+"""
+
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+from mae_jax import UserError
+from mae_jax.cli import start
+from mae_jax.train.ledger import Ledger
+
+ACTIONS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "hang": lambda: time.sleep(1000),
+}
+
+
+def fail(action):
+    os.write(1, f"FAULT {action} {time.time():.1f}\n".encode())
+    if action == "bug":
+        raise ZeroDivisionError("a fault of the program")
+    if action == "mendable":
+        raise UserError("data.dir: picture 7 cannot be read")
+    if action == "later":  # while it works, at no moment that the program chose
+        threading.Timer(1.0, ACTIONS["term"]).start()
+    else:
+        ACTIONS[action]()
+
+
+def main(action, process, phase, nth, options):
+    workdir = pathlib.Path(next(x for x in options if x.startswith("--workdir=")).split("=")[1])
+    mark = workdir.with_name(f"{workdir.name}-{action}-{phase}-{nth}")
+    if os.environ.get("JAX_PROCESS_ID", "0") == process and not mark.exists():
+        if phase == "start" and action == "config":
+            options = [*options, "--config=/no/such/recipe.py"]
+        during, entered = Ledger.during, []
+
+        @contextlib.contextmanager
+        def faulty(self, name):
+            entered.append(name)
+            if entered.count(phase) == int(nth) and name == phase:
+                mark.touch()
+                fail(action)
+            with during(self, name):
+                yield
+
+        Ledger.during = faulty
+    raise SystemExit(start("train", options))
+
+
+if __name__ == "__main__":
+    before, after = sys.argv.index("--"), sys.argv[sys.argv.index("--") + 1 :]
+    main(*sys.argv[1:before], after)
