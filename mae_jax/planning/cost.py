@@ -22,10 +22,12 @@ REGISTER_BYTES = 4096  # of a vector register, and of one access to the chip's m
 VECTOR_CYCLES = {
     **{"exponential": 1.6, "exponential-minus-one": 2.0, "log": 2.0, "log-plus-one": 2.5},
     **{"tanh": 1.6, "logistic": 2.5, "divide": 2.0, "power": 6.0, "sqrt": 3.4, "rsqrt": 2.7},
-    **{"erf": 9.7, "sine": 20.0, "cosine": 20.0, "copy": 8.5, "reverse": 8.5},
+    **{"erf": 9.7, "sine": 20.0, "cosine": 20.0, "sort": 350.0},
+    **{"copy-8": 23.0, "copy-16": 4.5, "copy-32": 8.5, "reverse-8": 13.0, "reverse-32": 8.5},
 }
 ERF_CYCLES = 2.3  # of chips with larger matrix units: they have an instruction for it
 PLAIN_CYCLES = 0.25
+HBM_LATENCY = 0.8e-6  # seconds until an instruction's first data arrive, by the same bundles
 HOP = 1e-6  # seconds from chip to chip
 
 
@@ -88,6 +90,7 @@ def _cost(i: Instruction, chip: Chip, bundles: Mapping[str, int]) -> dict[str, f
     matmul = sum(padded_flops(p, chip.mxu) for p in i.products) * chip.devices / chip.flops
     vector = vector_cycles(i, chip) / (chip.clock * cores)
     hbm = i.hbm_bytes * chip.devices / chip.hbm_bandwidth
+    hbm += HBM_LATENCY if i.hbm_bytes and not i.starts else 0.0
     cost = {"matmul_seconds": matmul, "vector_seconds": vector, "hbm_seconds": hbm}
     computing = max(matmul, vector)
     if i.name in bundles:

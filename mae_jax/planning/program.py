@@ -56,9 +56,14 @@ class Array(NamedTuple):
     in_hbm: bool
 
     @property
+    def bits(self) -> int:
+        """Of a number in it."""
+        return 8 * self.size // max(1, math.prod(self.dims))
+
+    @property
     def registers(self) -> float:
         """Vector registers that it fills, each of 1,024 numbers whatever their type."""
-        return self.padded / self.size * math.prod(self.dims) / 1024 if self.size else 0.0
+        return 8 * self.padded / self.bits / 1024 if self.bits else 0.0
 
 
 class Product(NamedTuple):
@@ -94,8 +99,8 @@ class Instruction:
       times: how often a step runs it.
       hbm_bytes: read and written there.
       vmem_bytes: loaded into registers and stored from them.
-      registers: that each operation goes through, matrix products left out; a copy is one that
-        changes the order of axes.
+      registers: that each operation goes through, matrix products left out. Of copies only those
+        that change the order of axes, by the bits of a number: "copy-8", "copy-16", "copy-32".
       estimated_cycles: the compiler's figure, 0 where it has none.
       starts: it begins a copy that goes on while others run.
       waits_for: the copy, by its name, that it waits for.
@@ -377,7 +382,9 @@ def _registers(line: _Line) -> collections.Counter[str]:
         read = x.operands[0].arrays if x.operands else x.arrays
         if x.opcode != "copy" or read[0].order != x.arrays[0].order:
             arrays = read if x.opcode == "reduce" else x.arrays
-            registers[x.opcode] += sum(array.registers for array in arrays)
+            moves = x.opcode in ("copy", "reverse")
+            name = f"{x.opcode}-{arrays[0].bits}" if moves else x.opcode
+            registers[name] += sum(array.registers for array in arrays)
     return registers
 
 

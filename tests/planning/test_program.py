@@ -115,7 +115,7 @@ def test_traffic_is_what_lies_in_hbm_padding_included(lines):
     assert lines["mlp"].hbm_bytes == 2 * 64 * 1024  # the other factor and the result do not
     assert lines["mlp"].vmem_bytes == 2 * (64 * 1024 + 1024 * 4096 + 64 * 4096)
     assert lines["turn"].hbm_bytes == 4 * (56 * 128 + 64 * 128)  # [50, 64] in tiles of 8 x 128
-    assert lines["turn"].registers == {"copy": 64 * 128 / 1024}
+    assert lines["turn"].registers == {"copy-32": 64 * 128 / 1024}
     assert lines["fetch"].starts
     assert lines["there"].waits_for == "fetch"
     assert lines["there"].hbm_bytes == 0
