@@ -28,6 +28,7 @@ VECTOR_CYCLES = {
 ERF_CYCLES = 2.3  # of chips with larger matrix units: they have an instruction for it
 PLAIN_CYCLES = 0.25
 HBM_LATENCY = 0.8e-6  # seconds until an instruction's first data arrive, by the same bundles
+SCALARS = 2048  # bytes; single numbers and what is computed from them take no such time
 HOP = 1e-6  # seconds from chip to chip
 
 
@@ -90,7 +91,7 @@ def _cost(i: Instruction, chip: Chip, bundles: Mapping[str, int]) -> dict[str, f
     matmul = sum(padded_flops(p, chip.mxu) for p in i.products) * chip.devices / chip.flops
     vector = vector_cycles(i, chip) / (chip.clock * cores)
     hbm = i.hbm_bytes * chip.devices / chip.hbm_bandwidth
-    hbm += HBM_LATENCY if i.hbm_bytes and not i.starts else 0.0
+    hbm += HBM_LATENCY if i.hbm_bytes > SCALARS and not i.starts else 0.0
     cost = {"matmul_seconds": matmul, "vector_seconds": vector, "hbm_seconds": hbm}
     computing = max(matmul, vector)
     if i.name in bundles:
