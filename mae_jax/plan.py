@@ -37,7 +37,7 @@ from mae_jax.distributed.sharding import abstract_state, bytes_per_device
 from mae_jax.planning import cost, program
 from mae_jax.planning.chips import PRICES_OF, Chip, Pod, parse_pod
 from mae_jax.planning.figures import Layout, Plan, out_of_memory
-from mae_jax.planning.search import cheapest, modelled, order, search
+from mae_jax.planning.search import cheapest, modelled, order, resized, search
 from mae_jax.planning.table import compared, describe, needs
 from mae_jax.tasks import create_task
 from mae_jax.train.progress import with_clock
@@ -136,12 +136,16 @@ class Planner:
     def _mesh(self, pod: Pod, data: int, fsdp: int) -> jax.sharding.Mesh:
         return mesh_lib.make_mesh(data, fsdp, list(pod.topology().devices))
 
-    def compile(self, layout: Layout, pod: Pod) -> Plan:
-        """What the step takes there."""
+    def _config(self, layout: Layout) -> ConfigDict:
         config = ConfigDict(self.config.to_dict())
         config.batch_size, config.optim.accumulate = layout.batch_size, layout.accumulate
         config.model.remat = layout.remat
         config.mesh.data, config.mesh.fsdp = layout.data, layout.fsdp
+        return config
+
+    def compile(self, layout: Layout, pod: Pod) -> Plan:
+        """What the step takes there."""
+        config = self._config(layout)
         mesh = self._mesh(pod, layout.data, layout.fsdp)
         task = create_task(config, self._arguments.examples, config.head.classes or 1000, mesh)
         abstract = abstract_state(task.init, mesh)
@@ -183,12 +187,14 @@ class Planner:
         plans: list[Plan] = []
         for pod in pods:
             layout = self.layout(pod)
-            same = (p for p in plans if p.fits and p.pod.chip == pod.chip and not p.modelled_from)
-            alike = (p for p in same if p.pod.slices == pod.slices == 1)
-            made = (modelled(p, pod) for p in alike if p.layout.images == layout.images)
-            plans.append(
-                next((p for p in made if p.layout == layout), None) or self.compile(layout, pod)
-            )
+            alike = (p for p in plans if p.fits and p.pod.chip == pod.chip and not p.modelled_from)
+            alike = (p for p in alike if p.pod.slices == pod.slices == 1)
+            alike = (p for p in alike if resized(p.layout, p.pod, pod).fsdp == layout.fsdp)
+            source = next((p for p in alike if p.layout.images == layout.images), None)
+            if source:
+                steps = config_lib.total_steps(self._config(layout), self._arguments.examples)
+                made = dataclasses.replace(modelled(source, pod, layout), steps=steps)
+            plans.append(made if source else self.compile(layout, pod))
         return plans
 
 

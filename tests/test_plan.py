@@ -122,7 +122,8 @@ def test_pods_side_by_side_compile_once_for_as_many_images_on_a_chip(capsys, mon
     counted = lambda self, *what: compiled.append(what) or compile_(self, *what)  # noqa: E731
     monkeypatch.setattr(plan.Planner, "compile", counted)
     pods = "v5e-4,v5e-16,2xv5e-4"
-    assert plan.main([*TINY, f"--compare={pods}", "--images_per_chip=4", "--json", "--price"]) == 0
+    options = ["--images_per_chip=4", "--decode_ms=0.001", "--price", "--json"]
+    assert plan.main([*TINY, f"--compare={pods}", *options]) == 0
     figures = json.loads(capsys.readouterr().out)
     plans = {one["topology"]: one for one in figures["plans"]}
     assert set(plans) == set(pods.split(","))

@@ -12,6 +12,7 @@ from mae_jax.planning.program import Collective, Program
 
 LIMIT = 8  # compilations: each takes minutes
 SMALLER = 3  # of them at most for smaller slices
+LARGER = 3  # sizes that are modelled
 # What saves memory, and about what share of a step it costs: the order of trying.
 REMAT = {"none": 0.0, "dots": 0.08, "full": 0.3}
 ACCUMULATE = {1: 0.0, 2: 0.05, 4: 0.1}
@@ -37,14 +38,20 @@ def _ways(layout: Layout, pod: Pod) -> list[int]:
     return sorted({1, layout.fsdp, pod.devices // pod.slices})
 
 
-def smaller(base: Layout, pod: Pod) -> Iterator[tuple[Layout, Pod]]:
-    """The batch of `base` on smaller slices, hence with more images on a device, large to small."""
-    for grid in reversed(products(pod.chip)):
-        other = Pod(pod.chip, grid, pod.slices)
-        if other.chips < pod.chips and base.batch_size % other.devices == 0:
-            fsdp = min(base.fsdp, other.devices // other.slices)
-            if other.devices % fsdp == 0:
-                yield dataclasses.replace(base, data=other.devices // fsdp, fsdp=fsdp), other
+def resized(layout: Layout, pod: Pod, other: Pod) -> Layout:
+    """The layout of the same batch on another size; a state split over all a slice stays so."""
+    whole = layout.fsdp == pod.devices // pod.slices > 1
+    fsdp = other.devices // other.slices if whole else layout.fsdp
+    return dataclasses.replace(layout, data=other.devices // fsdp, fsdp=fsdp)
+
+
+def sizes(layout: Layout, pod: Pod) -> list[Pod]:
+    """Other sizes of slices that the batch divides over, small to large."""
+    pods = [Pod(pod.chip, grid, pod.slices) for grid in products(pod.chip)]
+    micro = layout.batch_size // layout.accumulate
+    fitting = [p for p in pods if p != pod and micro % p.devices == 0]
+    whole = layout.fsdp == pod.devices // pod.slices
+    return [p for p in fitting if whole or p.devices // p.slices % layout.fsdp == 0]
 
 
 def hopeless(layout: Layout, pod: Pod, tried: Sequence[Plan]) -> bool:
@@ -81,14 +88,13 @@ def search(base: Layout, pod: Pod, compiled: Callable[[Layout, Pod], Plan]) -> l
             plans.append(compiled(layout, pod))
     plans.sort(key=order)
     best, others = plans[0], []
-    for layout, size in smaller(best.layout, pod) if best.fits else ():
+    layout, others_sizes = best.layout, sizes(best.layout, pod) if best.fits else []
+    for size in reversed([size for size in others_sizes if size.chips < pod.chips]):
         room = len(others) < min(SMALLER, LIMIT - len(plans))
         if room and all(plan.fits for plan in others):
-            others.append(compiled(layout, size))
-    sizes = [Pod(pod.chip, grid) for grid in products(pod.chip)] if pod.slices == 1 else []
-    images = best.layout.batch_size // best.layout.accumulate
-    larger = [size for size in sizes if size.chips > pod.chips and images % size.devices == 0]
-    others += [modelled(best, size) for size in larger[:SMALLER] if best.fits]
+            others.append(compiled(resized(layout, pod, size), size))
+    larger = [size for size in others_sizes if size.chips > pod.chips and pod.slices == 1]
+    others += [modelled(best, size, resized(layout, pod, size)) for size in larger[:LARGER]]
     return plans + sorted(others, key=order)
 
 
@@ -111,24 +117,22 @@ def spent(plan: Plan) -> float:
     return (plan.price or 0.0) * plan.hours_with_data * plan.pod.chips
 
 
-def modelled(plan: Plan, pod: Pod) -> Plan:
-    """`plan` on a slice of another size of the same chip, calculated.
+def modelled(plan: Plan, pod: Pod, layout: Layout) -> Plan:
+    """`plan` with another layout on a slice of another size of the same chip, calculated.
 
     Parts of the model take time by the images on a device, the optimizer by the state it updates;
     exchange is that of the compiled program between the other pod's devices.
     """
-    old, inside = plan.layout, pod.devices // pod.slices
-    fsdp = inside if old.fsdp == plan.pod.devices // plan.pod.slices > 1 else old.fsdp
-    layout = dataclasses.replace(old, data=pod.devices // fsdp, fsdp=fsdp)
-    more = layout.images / old.images
+    old, more = plan.layout, layout.images / plan.layout.images
     parts = {
         name: part if name in FIXED else _times(part, more) for name, part in plan.parts.items()
     }
-    state = round(plan.state_bytes * old.fsdp / fsdp)
+    state = round(plan.state_bytes * old.fsdp / layout.fsdp)
     peak = state + round((plan.peak_bytes - plan.state_bytes) * max(1, more))  # an upper bound
     program = _between(plan.program, old, layout)
     mesh = make_mesh(layout.data, layout.fsdp, list(pod.topology().devices))
     changes = {
+        "flops": plan.flops * layout.batch_size / old.batch_size,
         "parts": parts,
         "exchanged": tuple(cost.communication(program, pod, list(mesh.devices.flat))),
         "program": program,

@@ -9,7 +9,7 @@ from mae_jax.planning.chips import parse_pod
 from mae_jax.planning.cost import Communication
 from mae_jax.planning.figures import Layout
 from mae_jax.planning.program import Collective, Instruction, Program
-from mae_jax.planning.search import cheapest, layouts, modelled, order, search
+from mae_jax.planning.search import cheapest, layouts, modelled, order, resized, search
 
 WORK = {"none": 1.0, "dots": 1.1, "full": 1.3}
 MEMORY = {"none": 1.0, "dots": 0.5, "full": 0.2}
@@ -97,9 +97,11 @@ def test_a_slice_of_another_size_is_modelled_part_by_part(fsdp):
         )
     )
     made = plan("v5e-16", Layout(512, 1, "none", 16 // fsdp, fsdp), program=program, compute=0.4)
-    other = modelled(made, large)
     whole = 64 if fsdp == 16 else fsdp
-    assert other.layout == Layout(512, 1, "none", 64 // whole, whole)
+    layout = resized(made.layout, small, large)
+    assert layout == Layout(512, 1, "none", 64 // whole, whole)
+    other = modelled(made, large, layout)
+    assert (other.layout, other.flops) == (layout, made.flops)
     assert other.modelled_from == "v5e-16"
     assert other.parts["optimizer"].seconds == made.parts["optimizer"].seconds
     assert other.parts["encoder MLP"].seconds == made.parts["encoder MLP"].seconds / 4
@@ -108,7 +110,7 @@ def test_a_slice_of_another_size_is_modelled_part_by_part(fsdp):
     for kind, members in expected[: len(groups)]:
         times = 2 if kind == "all-reduce" else 1
         assert sent[kind] == pytest.approx(times * 1e8 * (members - 1) / members, abs=1)
-    again = modelled(made, small)
+    again = modelled(made, small, made.layout)
     assert {one.kind: one.bytes for one in again.exchanged} == {
         one.kind: one.bytes for one in cost.communication(program, small)
     }
