@@ -150,6 +150,8 @@ FIELDS = {
     "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", WHOLE),
     "mesh.data": Free(-1, "-1 or [1, inf)", "ways to split the batch; -1: what fsdp leaves"),
     "mesh.fsdp": Free(1, "-1 or [1, inf)", "ways to split batch and state; -1: a slice"),
+    # A folder or bucket. Empty: JAX_COMPILATION_CACHE_DIR, or mae_jax/compiled in ~/.cache.
+    "compile.cache_dir": Free("", ANY, "where compiled programs are kept; none: nowhere"),
     "checkpoint.every": Free(1000, "[1, inf)", "steps"),
     "checkpoint.keep": Free(3, "[1, inf)", "of the newest"),
     "eval.every": Free(5000, "[0, inf)", "steps; 0: only at the end"),

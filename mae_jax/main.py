@@ -45,7 +45,7 @@ from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
 from mae_jax.train.loop import Action, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
-from mae_jax.train.programs import compile_ahead
+from mae_jax.train.programs import compile_ahead, keep_compiled
 from mae_jax.train.progress import with_clock
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
@@ -120,6 +120,7 @@ def leave_saved(steps: int, total: int) -> None:
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     """Opens the data and builds the task; raises UserError for what cannot be trained here."""
     config_lib.validate(config)
+    keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     data = open_splits(config)

@@ -1,7 +1,13 @@
 """Shared by all tests: eight simulated devices and a model small enough for seconds."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # not the user's; one for all that tests start
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mae_jax-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # before jax is imported
 os.environ["JAX_PLATFORMS"] = "cpu"
 

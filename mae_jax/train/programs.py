@@ -1,12 +1,19 @@
 """The compiled programs of a run: all of them before its first step, and kept for the next."""
 
 import concurrent.futures
+import hashlib
+import os
+import pathlib
+import platform
+import re
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from mae_jax import UserError
 from mae_jax.distributed.sharding import bytes_per_device
@@ -19,6 +26,40 @@ REMEDIES = {
     "probe": "lower eval.batch_size",
     "pictures": "lower pictures.count",
 }
+
+
+def keep_compiled(folder: str) -> None:
+    """Makes compiled programs serve later starts of the same; call it before the first.
+
+    In `folder`, which may be a bucket; empty: where JAX was told to, else in the user's cache
+    folder; "none": nowhere. Programs for a CPU lie in a folder for its kind, as JAX does not ask
+    whether this one has the instructions of the one they were made for.
+    """
+    if not folder and jax.config.jax_compilation_cache_dir:
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = epath.Path(folder or f"{cache}/mae_jax/compiled").expanduser()
+    if jax.default_backend() == "cpu":
+        path /= f"cpu-{_cpu_kind()}"
+    if folder != "none":
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            trial = path / f".{uuid.uuid4().hex}"
+            trial.write_bytes(b"room?" * 1000)
+            trial.unlink()
+        except OSError as error:
+            logging.info("%s: programs are not kept there (%s)", path, error.strerror or error)
+            folder = "none"
+    jax.config.update("jax_compilation_cache_dir", None if folder == "none" else str(path))
+
+
+def _cpu_kind() -> str:
+    """Differs where the instructions of the processor may."""
+    kind, file = platform.machine() + platform.processor(), pathlib.Path("/proc/cpuinfo")
+    if file.exists():
+        lines = re.findall(r"^(?:model name|flags|Features)\s.*$", file.read_text(), re.MULTILINE)
+        kind += "".join(lines[:2])  # of the first of its cores
+    return hashlib.sha256(kind.encode()).hexdigest()[:12]
 
 
 def compile_ahead(programs: Mapping[str, Compile], state: Any) -> dict[str, Any]:

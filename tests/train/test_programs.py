@@ -1,9 +1,15 @@
+import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from program import ROOT
 
 from mae_jax import UserError
 from mae_jax.distributed.mesh import make_mesh
@@ -64,3 +70,56 @@ def test_other_errors_of_the_compiler_pass(state):
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         compile_ahead({"step": fails}, state)
+
+
+DRIVER = """
+import collections, json, sys
+import jax, jax.numpy as jnp
+from mae_jax.train.programs import keep_compiled
+
+keep_compiled(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+seen = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: seen.update([event]))
+x = jnp.arange(12.0).reshape(3, 4)
+found = jax.jit(lambda x: jnp.sin(x @ x.T).sum())(x)
+misses, hits = (seen[f"/jax/compilation_cache/cache_{what}"] for what in ("misses", "hits"))
+print(json.dumps([float(found).hex(), misses > 0, hits > 0, jax.config.jax_compilation_cache_dir]))
+"""
+
+
+def run_driver(cache_dir, **environment):
+    variables = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", DRIVER, cache_dir]
+    environment = {**variables, "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_programs_are_kept_in_the_users_cache_and_serve_the_next_start(tmp_path):
+    first, *missed, folder = run_driver("", XDG_CACHE_HOME=str(tmp_path))
+    assert folder.startswith(f"{tmp_path}/mae_jax/compiled/cpu-")
+    assert missed == [True, False]
+    second, *hit, _ = run_driver("", XDG_CACHE_HOME=str(tmp_path))
+    assert hit == [False, True]
+    assert second == first
+    # A kind of CPU has its own; so has another folder.
+    moved = run_driver(f"{tmp_path}/else", XDG_CACHE_HOME=str(tmp_path))
+    assert moved == [first, True, False, f"{tmp_path}/else/{pathlib.Path(folder).name}"]
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "environment", "expected"),
+    [
+        ("none", {}, [False, False, None]),
+        ("none", {"JAX_COMPILATION_CACHE_DIR": "/tmp/any"}, [False, False, None]),
+        ("/proc/nowhere", {}, [False, False, None]),  # not to be written to, by root neither
+    ],
+)
+def test_without_a_place_for_them_programs_are_compiled_each_time(cache_dir, environment, expected):
+    assert run_driver(cache_dir, **environment)[1:] == expected
+
+
+def test_where_jax_was_told_to_keep_them_they_stay(tmp_path):
+    assert run_driver("", JAX_COMPILATION_CACHE_DIR=str(tmp_path))[3] == str(tmp_path)
