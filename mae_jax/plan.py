@@ -21,6 +21,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ from mae_jax import UserError, cli
 from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
-from mae_jax.planning import cost, program
+from mae_jax.planning import bundles, cost, program
 from mae_jax.planning.chips import PRICES_OF, Chip, Pod, parse_pod
 from mae_jax.planning.figures import Layout, Plan, out_of_memory
 from mae_jax.planning.search import cheapest, modelled, order, resized, search
@@ -45,6 +46,7 @@ from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 DOES_NOT_FIT = 3
+BUNDLE_SECONDS = 900
 # CPU-ms of a 224 px crop by `data.resize`, as `bench data` measured on photographs of ImageNet,
 # two threads on the two threads of one core of a server, as hosts' virtual CPUs are.
 DECODE_MS = {"exact": 3.6, "fast": 2.2}
@@ -69,9 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=_at_least_one, default=IMAGENET_TRAIN_IMAGES, help=what)
     what = "CPU-ms to decode an image (default: measured for 224 px by `bench data`)"
     parser.add_argument("--decode_ms", type=_positive, help=what)
+    what = "count the final instructions where the compiler manages to, in a second compilation"
+    parser.add_argument("--bundles", action="store_true", help=what)
+    argv = sys.argv[1:] if argv is None else argv
     arguments = cli.parse_recipe(parser, argv)
-    if arguments.search and arguments.compare:
-        raise UserError("--search and --compare: give one of them")
+    modes = {name: vars(arguments)[name] for name in ("search", "compare", "bundles")}
+    if sum(map(bool, modes.values())) > 1:
+        raise UserError("--search, --compare and --bundles: give one of them")
     planner = Planner(arguments)
     if arguments.compare:
         pods = [parse_pod(name) for name in arguments.compare.split(",")]
@@ -82,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = planner.layout(pod)
         plans = search(base, pod, planner.compile) if arguments.search else []
         plans = plans or [planner.compile(base, pod)]
+    if arguments.bundles and plans[0].fits:
+        plans = [planner.count(plans[0], [token for token in argv if token != "--bundles"])]
     several = bool(arguments.compare or arguments.search)
     best = (arguments.compare and cheapest(plans)) or plans[0]
     reason = _reason(best, plans) if several else ""
@@ -181,6 +189,16 @@ class Planner:
             peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
             compile_seconds=seconds,
         )
+
+    def count(self, plan: Plan, argv: Sequence[str]) -> Plan:
+        """`plan`, the command line `argv`, with the time of bundles where the compiler counts."""
+        logging.info("counting instruction bundles; at most %d minutes ...", BUNDLE_SECONDS // 60)
+        command = [sys.executable, "-m", "mae_jax.plan", *argv]
+        cycles = with_clock("counting", lambda: bundles.collect(command, BUNDLE_SECONDS))
+        known = sum(i.name in cycles for i in plan.program.instructions)
+        logging.info("counted %d of %d instructions", known, len(plan.program.instructions))
+        parts = cost.estimate(plan.program, plan.pod.chip, cycles)
+        return dataclasses.replace(plan, parts=parts)
 
     def compare(self, pods: Sequence[Pod]) -> list[Plan]:
         """A plan for each; what is compiled for one slice serves others with as many images."""
