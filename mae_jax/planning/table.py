@@ -25,8 +25,8 @@ def _machine(plan: Plan) -> list[str]:
     devices = f", {pod.devices} devices" * (pod.devices != pod.chips)
     return _section(
         "pod",
-        f"{pod.name}: {pod.chips} chips {pod.chip.kinds[0]}{devices}, {pod.hosts} host{'s' * (pod.hosts > 1)}; "
-        f"slices of {grid}, {rings}",
+        f"{pod.name}: {pod.chips} chips {pod.chip.kinds[0]}{devices}; "
+        f"hosts {pod.hosts}; slices of {grid}, {rings}",
         f"data {layout.data} x fsdp {layout.fsdp}; {layout.images} images a device at a time, "
         f"batch {layout.batch_size}",
     )

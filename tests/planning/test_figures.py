@@ -43,7 +43,7 @@ def test_hosts_that_are_too_slow_set_the_pace():
 def test_a_person_reads_what_fits_and_what_it_takes():
     text = describe(plan(price=1.5, price_source="as given"))
     for line in (
-        "v5e-256: 256 chips TPU v5 lite, 64 hosts; slices of 16x16, 2 of 2 sides rings",
+        "v5e-256: 256 chips TPU v5 lite; hosts 64; slices of 16x16, 2 of 2 sides rings",
         "fits: 10.00 of 15.75 GiB a device at its peak, 5.75 GiB (37%) to spare",
         "200.0 to 250.0 ms a step (exchange hidden behind compute, or not)",
         "36,000 steps: 2.5 h, 640 chip-hours",
