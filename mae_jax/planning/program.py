@@ -310,7 +310,8 @@ def part_of(op_name: str) -> str:
 
 
 def _parts(lines: list[_Line]) -> dict[_Line, str]:
-    """The part of each line: of its heaviest product, else its own, else of who uses it first."""
+    """The part of each line: of its heaviest product, else its own, else of who uses it first, else
+    of what it comes from, as results copied out at the end do."""
     parts: dict[_Line, str] = {}
     for line in reversed(lines):
         heaviest = max(line.everything, key=lambda x: sum(p.flops for p in _product(x)))
@@ -318,6 +319,9 @@ def _parts(lines: list[_Line]) -> dict[_Line, str]:
         own = [part_of(name) for name in names if line.opcode not in FREE]
         found = [part for part in (*own, *(parts[user] for user in line.users)) if part != REST]
         parts[line] = found[0] if found else REST
+    for line in lines:
+        if parts[line] == REST and (line.opcode in FREE or "op_name" not in line.rest):
+            parts[line] = next((parts[x] for x in line.operands if parts[x] != REST), REST)
     return parts
 
 

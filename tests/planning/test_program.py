@@ -79,6 +79,7 @@ ENTRY %main (a: bf16[64,1024], b: bf16[1024,4096], c: f32[24,8,128], d: bf16[128
   %ags.1 = bf16[512,512]{1,0:T(8,128)(2,1)} get-tuple-element(%ags), index=1
   %agm = (f32[8,128]{1,0:T(8,128)}, bf16[128,512]{1,0:T(8,128)(2,1)}, bf16[512,512]{1,0:T(8,128)(2,1)}) fusion(%ags.0, %ags.1, %e), kind=kCustom, calls=%beside
   %f = f32[8,128]{1,0:T(8,128)} get-tuple-element(%agm), index=0
+  %away = bf16[64,4096]{1,0:T(8,128)(2,1)} copy(%mlp)
   %turn = f32[50,64]{0,1:T(8,128)} copy(%z)
   %sum = f32[8,128]{1,0:T(8,128)} all-reduce-start(%f), replica_groups={}, to_apply=%add
   ROOT %summed = f32[8,128]{1,0:T(8,128)} all-reduce-done(%sum)
@@ -105,6 +106,7 @@ def test_products_are_found_in_fusions(lines):
 def test_a_fusion_belongs_to_the_part_of_its_product_and_a_copy_to_its_users(lines):
     assert lines["mlp"].part == "encoder MLP"
     assert lines["fetch"].part == lines["there"].part == "encoder MLP"
+    assert lines["away"].part == "encoder MLP"
     assert lines["g"].part == program.COLLECTIVES
     assert lines["turn"].part == program.REST
 

@@ -1,0 +1,80 @@
+"""A compiled training step, read back: its work, parts and exchanges are those of the model."""
+
+import jax
+import numpy as np
+import pytest
+
+from mae_jax.distributed import mesh as mesh_lib
+from mae_jax.distributed.sharding import abstract_state
+from mae_jax.models import flops
+from mae_jax.planning import cost, program
+from mae_jax.planning.chips import parse_pod
+from mae_jax.tasks import create_task
+from mae_jax.train.step import lower_step
+
+
+@pytest.fixture
+def compiled(tiny_config):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+
+    def step(**changes):
+        tiny_config.compute_dtype = "bfloat16"
+        tiny_config.model.width, tiny_config.decoder.width = 256, 128
+        for name, value in changes.items():
+            tiny_config[name.split("__")[0]][name.split("__")[1]] = value
+        pod = parse_pod("v5e:2x2")
+        mesh = mesh_lib.make_mesh(-1, tiny_config.mesh.fsdp, list(pod.topology().devices))
+        task = create_task(tiny_config, 100, None, mesh)
+        state = abstract_state(task.init, mesh)
+        read = program.read(lower_step(task, state).compile().as_text())
+        return task, state, read, cost.communication(read, pod, list(mesh.devices.flat))
+
+    return step
+
+
+def multiply_adds(task):
+    """FLOPs of a step on one of four devices: pixels and mask tokens need no gradient."""
+    images, patches = task.batch_size // 4, 16
+    pixels = patches * task.encoder.patch_size**2 * 3 * task.encoder.width
+    return images * (flops.train_flops(flops.mae_forward_macs(task.model, 0.75)) - 2 * pixels)
+
+
+def test_work_parts_and_sums_are_those_of_the_model(compiled):
+    task, state, read, exchanged = compiled()
+    assert read.flops == multiply_adds(task)
+    blocks = {f"{a} {b}" for a in ("encoder", "decoder") for b in ("MLP", "projections", "norms")}
+    others = {"encoder attention", "decoder attention", "masks", "images", "target", "optimizer"}
+    parts = cost.estimate(read, parse_pod("v5e:2x2").chip)
+    assert set(parts) >= blocks | others
+    assert parts["rest"].seconds < 0.2 * sum(part.seconds for part in parts.values())
+    (total,) = exchanged
+    size = sum(4 * np.prod(x.shape) for x in jax.tree.leaves(state.params))
+    assert total.kind == "all-reduce"
+    assert total.bytes == pytest.approx(2 * size * 3 / 4, rel=1e-3)  # metrics ride along
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"model__stacking": "scan"}, {"optim__accumulate": 2}])
+def test_work_in_loops_counts_as_often_as_it_is_done(compiled, changes):
+    task, _, read, _ = compiled(**changes)
+    assert max(i.times for i in read.instructions) == 2
+    assert read.flops == multiply_adds(task)
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_is_counted_again(compiled):
+    task, _, read, _ = compiled(model__remat="full")
+    assert read.flops > 1.1 * multiply_adds(task)
+
+
+@pytest.mark.slow
+def test_split_parameters_are_gathered_once_and_their_gradients_scattered(compiled):
+    _, state, _, exchanged = compiled(mesh__fsdp=4)
+    found = {x.kind: x for x in exchanged}
+    split = [
+        np.prod(leaf.shape)
+        for leaf in jax.tree.leaves(state.params)
+        if "fsdp" in leaf.sharding.spec
+    ]
+    assert found["all-gather"].bytes == pytest.approx(2 * sum(split) * 3 / 4, rel=1e-3)
+    assert found["reduce-scatter"].bytes == pytest.approx(4 * sum(split) * 3 / 4, rel=0.01)
