@@ -85,7 +85,7 @@ def test_a_step_compiles_for_an_absent_pod(tiny_config, capsys, monkeypatch):
     task = create_task(tiny_config, 1600, None, mesh)
     assert figures["fits"] is True
     assert (figures["devices"], figures["hosts"], figures["steps"]) == (4, 1, 1000)
-    assert figures["mesh"] == {"data": 2, "fsdp": 2}
+    assert (figures["data"], figures["fsdp"]) == (2, 2)
     seconds = figures["step_seconds"]
     assert 0 < seconds["hidden"] <= seconds["exposed"]
     assert seconds["exposed"] == pytest.approx(

@@ -9,6 +9,12 @@ from mae_jax.planning.chips import CHIPS_A_HOST, GIB, Pod
 from mae_jax.planning.cost import Communication, PartCost
 from mae_jax.planning.program import Program
 
+# Of a plan's figures in JSON, by whether those of a step that does not fit are null.
+ALWAYS = ("steps", "state_bytes", "peak_bytes", "decode_ms", "cores_per_host", "price")
+ALWAYS += ("price_source", "advice", "compile_seconds", "modelled_from")
+WHERE_IT_FITS = ("compute_seconds", "communication_seconds", "collective_bytes", "mfu", "hours")
+WHERE_IT_FITS += ("chip_hours", "dollars", "images_per_second", "images_per_second_per_host")
+WHERE_IT_FITS += ("cores_needed_per_host", "starves", "hours_with_data")
 TIGHT = 0.8  # of a host's cores; the rest feeds the device, saves, and serves the network
 
 
@@ -79,24 +85,24 @@ class Plan:
         return bool(self.parts) and self.peak_bytes <= self.pod.chip.device_bytes
 
     @property
-    def compute(self) -> float:
+    def compute_seconds(self) -> float:
         """Seconds of all parts, one after the other."""
         return sum(part.seconds for part in self.parts.values())
 
     @property
-    def communication(self) -> float:
+    def communication_seconds(self) -> float:
         """Seconds of all exchange."""
         return sum(one.seconds for one in self.exchanged)
 
     @property
     def hidden(self) -> float:
         """Seconds of a step, exchange behind compute as far as it goes."""
-        return max(self.compute, self.communication)
+        return max(self.compute_seconds, self.communication_seconds)
 
     @property
     def exposed(self) -> float:
         """Seconds of a step that waits for all exchange."""
-        return self.compute + self.communication
+        return self.compute_seconds + self.communication_seconds
 
     @property
     def mfu(self) -> float:
@@ -114,29 +120,41 @@ class Plan:
         return self.hours * self.pod.chips
 
     @property
-    def images_per_host(self) -> float:
-        """A second, that a host decodes so that the devices never wait, exchange hidden."""
-        return self.layout.batch_size / self.hidden / self.pod.hosts
+    def collective_bytes(self) -> int:
+        """That a chip sends in a step, over links and networks."""
+        return sum(one.bytes for one in self.exchanged)
 
     @property
-    def cores_needed(self) -> float:
+    def images_per_second(self) -> float:
+        """Exchange hidden."""
+        return self.layout.batch_size / self.hidden
+
+    @property
+    def images_per_second_per_host(self) -> float:
+        """That a host decodes so that the devices never wait."""
+        return self.images_per_second / self.pod.hosts
+
+    @property
+    def cores_needed_per_host(self) -> float:
         """Of a host, for that."""
-        return self.images_per_host * self.decode_ms / 1e3
+        return self.images_per_second_per_host * self.decode_ms / 1e3
 
     @property
-    def cores(self) -> float:
+    def cores_per_host(self) -> float:
         """Of a host, as its virtual CPUs are counted."""
         return self.pod.chip.vcpus * min(1, self.pod.chips_a_slice / CHIPS_A_HOST)
 
     @property
     def starves(self) -> bool:
         """Whether the devices wait for pictures."""
-        return self.cores_needed > self.cores
+        return self.cores_needed_per_host > self.cores_per_host
 
     @property
     def hours_with_data(self) -> float:
         """As `hours`, at the speed of the hosts where that is less."""
-        of_hosts = self.layout.batch_size / self.pod.hosts * self.decode_ms / 1e3 / self.cores
+        of_hosts = (
+            self.layout.batch_size / self.pod.hosts * self.decode_ms / 1e3 / self.cores_per_host
+        )
         return self.steps * max(self.exposed, of_hosts) / 3600
 
     @property
@@ -146,52 +164,22 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The contract of `plan --json`; null where a step that does not fit has no figure."""
-        layout, pod, fits = self.layout, self.pod, self.fits
-
-        def known(value: float | None) -> float | None:
-            return value if fits else None
-
+        pod, chip = self.pod, self.pod.chip
+        steps = {"hidden": self.hidden, "exposed": self.exposed}
         return {
-            "fits": fits,
-            "estimate": "seconds, hours and dollars are estimates; nothing was run",
-            "topology": pod.name,
-            "device_kind": pod.chip.kinds[0],
-            "grid": pod.grid,
-            "slices": pod.slices,
-            "chips": pod.chips,
-            "devices": pod.devices,
-            "hosts": pod.hosts,
-            "mesh": {"data": layout.data, "fsdp": layout.fsdp},
-            "batch_size": layout.batch_size,
-            "accumulate": layout.accumulate,
-            "images_per_device": layout.images,
-            "remat": layout.remat,
-            "peak_bytes": self.peak_bytes,
-            "available_bytes": pod.chip.device_bytes,
-            "state_bytes": self.state_bytes,
-            "step_seconds": {"hidden": known(self.hidden), "exposed": known(self.exposed)},
-            "compute_seconds": known(self.compute),
-            "communication_seconds": known(self.communication),
-            "mfu": known(fits and self.mfu),
-            "steps": self.steps,
-            "hours": known(self.hours),
-            "chip_hours": known(self.chip_hours),
-            "price_per_chip_hour": self.price,
-            "price_source": self.price_source,
-            "dollars": known(self.dollars),
-            "collective_bytes": known(sum(one.bytes for one in self.exchanged)),
+            **{name: getattr(self, name) for name in ("fits", *ALWAYS)},
+            **{name: getattr(self, name) if self.fits else None for name in WHERE_IT_FITS},
+            **{
+                name: getattr(pod, name) for name in ("grid", "slices", "chips", "devices", "hosts")
+            },
+            **{"topology": pod.name, "device_kind": chip.kinds[0], **vars(self.layout)},
+            "images_per_device": self.layout.images,
+            "available_bytes": chip.device_bytes,
+            "margin_bytes": chip.device_bytes - self.peak_bytes,
+            "step_seconds": steps if self.fits else dict.fromkeys(steps),
             "collectives": [dataclasses.asdict(one) for one in self.exchanged],
-            "images_per_second": known(fits and layout.batch_size / self.hidden),
-            "images_per_second_per_host": known(fits and self.images_per_host),
-            "decode_ms": self.decode_ms,
-            "cores_needed_per_host": known(fits and self.cores_needed),
-            "cores_per_host": self.cores,
-            "starves": fits and self.starves,
-            "hours_with_data": known(self.hours_with_data),
             "parts": {name: dataclasses.asdict(part) for name, part in self.parts.items()},
-            "advice": self.advice,
-            "compile_seconds": self.compile_seconds,
-            "modelled_from": self.modelled_from,
+            "estimate": "seconds, hours and dollars are estimates; nothing was run",
         }
 
 
@@ -210,32 +198,19 @@ def out_of_memory(plan: Plan, error: str) -> Plan | None:
 
 def advice(plan: Plan) -> tuple[str, ...]:
     """What a step that does not fit may try, cheapest in time first."""
-    layout, pod = plan.layout, plan.pod
-    devices = pod.devices
-    working, room = plan.peak_bytes - plan.state_bytes, pod.chip.device_bytes
-    found = []
-    inside = devices // pod.slices
-    if layout.fsdp < inside:
-        whole = plan.state_bytes * layout.fsdp  # nearly: what is small is never split
-        ways = [n for n in _divisors(inside) if n > layout.fsdp]
-        enough = [n for n in ways if working + whole / n < room]
-        if enough or whole > working:
-            ways = (enough or ways[-1:])[0]
-            found.append(
-                f"--config.mesh.data=-1 --config.mesh.fsdp={ways} (splits the state of "
-                f"{plan.state_bytes / GIB:.1f} GiB)"
-            )
-    stronger = {"none": "dots", "dots": "full"}.get(layout.remat)
-    if stronger:
+    layout, pod, found = plan.layout, plan.pod, []
+    working, whole = plan.peak_bytes - plan.state_bytes, plan.state_bytes * layout.fsdp
+    ways = [n for n in _divisors(pod.devices // pod.slices) if n > layout.fsdp]
+    enough = [n for n in ways if working + whole / n < pod.chip.device_bytes]
+    if enough or (ways and whole > working):
+        split = f"(splits the state of {plan.state_bytes / GIB:.1f} GiB)"
+        found.append(f"--config.mesh.data=-1 --config.mesh.fsdp={(enough or ways[-1:])[0]} {split}")
+    if stronger := {"none": "dots", "dots": "full"}.get(layout.remat):
         found.append(f"--config.model.remat={stronger} (keeps less, computes more)")
-    share = layout.batch_size // devices
-    parts = [n for n in _divisors(share) if n > layout.accumulate]
-    if parts:
-        found.append(
-            f"--config.optim.accumulate={parts[0]} ({share // parts[0]} in place of "
-            f"{layout.images} images a device at a time)"
-        )
-        found.append("more chips")
+    share = layout.batch_size // pod.devices
+    if parts := [n for n in _divisors(share) if n > layout.accumulate]:
+        fewer = f"({share // parts[0]} in place of {layout.images} images a device at a time)"
+        found += [f"--config.optim.accumulate={parts[0]} {fewer}", "more chips"]
     return tuple(found) or ("a chip with more memory",)
 
 

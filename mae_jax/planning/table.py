@@ -55,11 +55,11 @@ def _parts(plan: Plan) -> list[str]:
     for name, part in sorted(plan.parts.items(), key=lambda item: -item[1].seconds):
         busy = (part.matmul_seconds, part.vector_seconds, part.hbm_seconds, part.bundle_seconds)
         cells = ["-" if seconds is None else f"{1e3 * seconds:.2f}" for seconds in busy]
-        share = f"{part.seconds / plan.compute:.0%}"
+        share = f"{part.seconds / plan.compute_seconds:.0%}"
         compiler = f"{1e3 * part.estimated_cycles / clock:.2f}"
         rows.append((name, f"{1e3 * part.seconds:.2f}", share, *cells, compiler))
     total = sum(part.estimated_cycles for part in plan.parts.values()) / clock
-    rows.append(("all", f"{1e3 * plan.compute:.2f}", *[""] * 5, f"{1e3 * total:.2f}"))
+    rows.append(("all", f"{1e3 * plan.compute_seconds:.2f}", *[""] * 5, f"{1e3 * total:.2f}"))
     head = ("ms a step", "takes", "share", "matrices", "vectors", "memory", "bundles")
     head += ("compiler says",)
     return ["", *columns([head, *rows])]
@@ -92,10 +92,10 @@ def _schedule(plan: Plan) -> list[str]:
 
 
 def _data(plan: Plan) -> list[str]:
-    need, have = plan.cores_needed, plan.cores
+    need, have = plan.cores_needed_per_host, plan.cores_per_host
     rows = [
-        f"each host decodes {plan.images_per_host:,.0f} images/s: {_amount(need)} of its "
-        f"{have:.0f} cores at {plan.decode_ms:g} CPU-ms an image (measure yours: `bench data`)"
+        f"each host decodes {plan.images_per_second_per_host:,.0f} images/s: {_amount(need)} of "
+        f"its {have:.0f} cores at {plan.decode_ms:g} CPU-ms an image (measure yours: `bench data`)"
     ]
     if plan.starves:
         rows.append(
@@ -123,7 +123,10 @@ def compared(plans: Iterable[Plan]) -> str:
             dollars = "-" if plan.dollars is None else _amount(plan.dollars)
             row += [f"{1e3 * plan.hidden:.1f} to {1e3 * plan.exposed:.1f}", f"{plan.mfu:.1%}"]
             row += [_amount(plan.hours), _amount(plan.chip_hours), *[dollars] * priced]
-            row += [f"{_amount(plan.cores_needed)} of {plan.cores:.0f}" + " starve" * plan.starves]
+            row += [
+                f"{_amount(plan.cores_needed_per_host)} of {plan.cores_per_host:.0f}"
+                + " starve" * plan.starves
+            ]
         else:
             row += ["does not fit", *[""] * (len(head) - 7)]
         rows.append(row)

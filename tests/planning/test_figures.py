@@ -37,7 +37,7 @@ def test_hosts_that_are_too_slow_set_the_pace():
     assert slow.hours == pytest.approx(2.5)
     assert "too few: the devices wait, 5.71 h" in describe(slow)
     assert not plan(decode_ms=300.0).starves
-    assert plan("v5e-1").cores == 112 / 4
+    assert plan("v5e-1").cores_per_host == 112 / 4
 
 
 def test_a_person_reads_what_fits_and_what_it_takes():
