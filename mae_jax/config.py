@@ -153,7 +153,13 @@ FIELDS = {
     # A folder or bucket. Empty: JAX_COMPILATION_CACHE_DIR, or mae_jax/compiled in ~/.cache.
     "compile.cache_dir": Free("", ANY, "where compiled programs are kept; none: nowhere"),
     "checkpoint.every": Free(1000, "[1, inf)", "steps"),
+    # Asked at log intervals, by the clock of the first process.
+    "checkpoint.minutes": Free(15.0, "[0, inf)", "since the last; 0: only by steps"),
+    "checkpoint.starts": Free(
+        10, "[0, inf)", "that may fail before a newer checkpoint; 0: any number"
+    ),
     "checkpoint.keep": Free(3, "[1, inf)", "of the newest"),
+    "watchdog.minutes": Free(15.0, "[0, inf)", "without progress end the run; 0: never"),
     "eval.every": Free(5000, "[0, inf)", "steps; 0: only at the end"),
     "eval.batches": Free(0, "[0, inf)", "at most so many; 0: the whole split"),
     "eval.batch_size": Free(0, "[0, inf)", "0: that of training"),

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
     raise SystemExit(start("train"))
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,7 +30,7 @@ import mae_jax
 from mae_jax import TryAgainError, UserError, cli
 from mae_jax import config as config_lib
 from mae_jax.data.splits import Splits
-from mae_jax.distributed import fate, startup, stopping
+from mae_jax.distributed import fate, startup, stopping, watchdog
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
 from mae_jax.evaluators.means import Evaluation
@@ -38,8 +39,14 @@ from mae_jax.interop.load import load_into
 from mae_jax.models.spec import ModelSpec
 from mae_jax.results import write_results
 from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.storage.files import complete_or_absent_folder, write_atomically
-from mae_jax.storage.processes import in_every_process, in_process_0, sole_run, tell_all
+from mae_jax.storage.claim import Claim
+from mae_jax.storage.files import (
+    complete_or_absent_folder,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from mae_jax.storage.processes import Timer, in_every_process, in_process_0, sole_run, tell_all
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
@@ -78,35 +85,78 @@ class Setup:
 
 def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
     """Trains to the end, or until told to stop."""
-    started, ledger = time.time(), ledger or Ledger("start")
-    setup = in_every_process(prepare, config, pathlib.Path(workdir))
-    announce(setup)
-    with (
-        sole_run(setup.workdir),
-        closing(ledger),
-        closing(Checkpoints(setup.workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
-    ):
-        try:
-            with ledger.during("restore"):
-                state, seconds_before, due = restore_or_begin(setup, checkpoints)
-            started -= seconds_before
-            if int(state.step) < setup.task.total_steps:  # one that ended is not away
-                ledger.resume(setup.workdir, int(state.step), setup.task.total_steps)
-            state, steps, stopped = train_and_evaluate(
-                setup, state, checkpoints, started, ledger, due
+    started, ledger, folder = time.time(), ledger or Ledger("start"), pathlib.Path(workdir)
+    with watchdog.watching(lambda: ledger.phase, config.watchdog.minutes, folder):
+        setup = in_every_process(prepare, config, folder)
+        announce(setup)
+        with (
+            sole_run(folder, lambda text: fate.leave(fate.MENDABLE, f"error: {text}")) as claim,
+            closing(ledger),
+            closing(Checkpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints,
+        ):
+            carry_out(setup, checkpoints, started, ledger, claim)
+
+
+def carry_out(
+    setup: Setup, checkpoints: Checkpoints, started: float, ledger: Ledger, claim: Claim | None
+) -> None:
+    """Trains in a workdir that is ours; `claim` is what process 0 holds it by."""
+    starts = Starts(setup.workdir, setup.config.checkpoint.starts)
+    if claim is not None:  # the last of these comes first
+        fate.before_leaving(lambda code: claim.release())
+        fate.before_leaving(lambda code: ledger.write())
+        fate.before_leaving(starts.end)
+    try:
+        with ledger.during("restore"):
+            state, seconds_before, due = restore_or_begin(setup, checkpoints)
+        in_process_0(starts.begin, int(state.step))
+        started -= seconds_before
+        if int(state.step) < setup.task.total_steps:  # one that ended is not away
+            ledger.resume(setup.workdir, int(state.step), setup.task.total_steps)
+        state, steps, stopped = train_and_evaluate(
+            setup, state, checkpoints, started, ledger, due, claim
+        )
+        with ledger.during("save"):
+            checkpoints.wait()
+            in_every_process(stopping.disarm)
+            if not stopped:
+                finish(setup, state)
+        ledger.write()
+        logging.info("%s", summary(setup.workdir))
+        if stopped:
+            leave_saved(steps, setup.task.total_steps)
+        starts.end(0)
+    except BaseException as error:
+        fate.fail(error)  # before anything here waits for other processes
+        with contextlib.suppress(Exception):
+            starts.end(getattr(error, "exit_code", fate.BUG))
+        raise
+
+
+class Starts:
+    """Counts, in the workdir, starts that failed since the newest checkpoint."""
+
+    def __init__(self, workdir: pathlib.Path, limit: int):
+        self._path, self._limit, self._own = workdir / "starts.json", limit, None
+
+    def begin(self, step: int) -> None:
+        """Counts a start that goes on from `step`; UserError where there were too many."""
+        before = read_json(self._path) if self._path.exists() else {}
+        count = before.get("failed", 0) if before.get("step") == step else 0
+        if 0 < self._limit <= count:
+            raise UserError(
+                f"{self._path}: {count} starts failed without getting from step {step} to another "
+                "checkpoint; see in their output why, then delete this file, or give another "
+                "checkpoint.starts"
             )
-            with ledger.during("save"):
-                checkpoints.wait()
-                in_every_process(stopping.disarm)
-                if not stopped:
-                    finish(setup, state)
-            ledger.write()
-            logging.info("%s", summary(setup.workdir))
-            if stopped:
-                leave_saved(steps, setup.task.total_steps)
-        except BaseException as error:
-            fate.fail(error)  # before anything here waits for other processes
-            raise
+        self._own = {"step": step, "failed": count}
+        write_json(self._path, {"step": step, "failed": count + 1})
+
+    def end(self, code: int) -> None:
+        """Forgives this start where it was stopped, or people will mend what ended it."""
+        told = code == fate.RETRY and stopping.told()
+        if self._own is not None and (told or code in (0, fate.MENDABLE, fate.BY_CTRL_C)):
+            write_json(self._path, self._own)
 
 
 def leave_saved(steps: int, total: int) -> None:
@@ -166,6 +216,7 @@ def train_and_evaluate(
     started: float,
     ledger: Ledger,
     due: Sequence[str],
+    claim: Claim | None,
 ) -> tuple[TrainState, int, bool]:
     """Trains from where `state` is, evaluating and saving; as `train.loop.train`.
 
@@ -174,7 +225,12 @@ def train_and_evaluate(
     config, data, task, mesh = setup.config, setup.data, setup.task, setup.mesh
     start_step, total_steps = int(state.step), setup.task.total_steps
 
+    timer = Timer(config.checkpoint.minutes)
+
     def save(step: int, state: TrainState, due: Sequence[str] = ()) -> None:
+        if claim is not None:
+            claim.require()  # this process may have been frozen, and its workdir taken over
+        timer.restart()
         record = {
             "due": [phase for phase in due if phase != "save"],
             "config": config.to_dict(),
@@ -191,10 +247,12 @@ def train_and_evaluate(
             inputs = task.inputs(data, state, setup.workdir)
         shardings = shardings_of(setup.abstract)
         evaluate = Evaluation(task, inputs, writer, shardings, config.eval.batches)
+        also = timer.is_over if config.checkpoint.minutes else None
         actions = [
             Action("evaluation", config.eval.every, evaluate, evaluate.compile),
             *task.actions(config, data, writer, setup.workdir),
-            Action("save", config.checkpoint.every, save),  # last: then all of it is done
+            # Last: then all of it is done.
+            Action("save", config.checkpoint.every, save, also=also),
         ]
         if start_step == total_steps:
             missing = evaluation_at(setup.workdir, total_steps) is None

@@ -112,6 +112,7 @@ class Peers:
 
     def __init__(self, client: Any, process: int, count: int, coordinator: str):
         self.process, self.count = process, count
+        self.told = False  # to stop, any of them
         self.told_to_stop: Callable[[], None] = lambda: None  # called when any of them is
         self.write_stacks: Callable[[], None] = lambda: None
         self._client, self._coordinator = client, coordinator
@@ -185,7 +186,7 @@ class Peers:
             try:
                 beat = f"{number} {host}"
                 self._client.key_value_set(f"{_BEATS}{self.process}", beat, allow_overwrite=True)
-                fates, told_to_stop = self._fates(), self._notice()
+                fates, self.told = self._fates(), self.told or self._notice()
                 heard = self._client.key_value_dir_get(_BEATS) if self.process == 0 else []
             except Exception:
                 continue  # `_listen_for_silence` counts how long
@@ -206,7 +207,7 @@ class Peers:
                     place = f"process {key.rpartition('/')[2]} on {text.partition(' ')[2]}"
                     silent = f"silent for {self._heard - since:.0f} s, it died or hangs"
                     leave(LOST, f"error: lost {place}: {silent}")
-            if told_to_stop:
+            if self.told:
                 self.told_to_stop()
 
     def _listen_for_silence(self) -> None:

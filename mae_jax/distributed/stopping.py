@@ -88,6 +88,11 @@ def count() -> int:
     return _stop.polls
 
 
+def told() -> bool:
+    """Whether this process, or any other of the run, was told to stop."""
+    return _stop.requested or (fate.peers is not None and fate.peers.told)
+
+
 def by_ctrl_c() -> bool:
     """Whether it was a person who stopped the run."""
     return _stop.by_ctrl_c
@@ -95,6 +100,7 @@ def by_ctrl_c() -> bool:
 
 def _leave_unless_armed() -> None:
     if not _stop.armed and not _stop.agreed:
+        _stop.requested = True
         fate.leave(fate.RETRY, "told to stop where there is nothing to lose: start it again")
 
 

@@ -21,9 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mae_jax import UserError
+from mae_jax import TryAgainError, UserError
 from mae_jax.storage.files import PathLike, explain_failure, write_atomically
 from mae_jax.storage.processes import first_line, in_every_process, in_process_0, tell_all
+from mae_jax.storage.retry import is_transient, retried
 
 # There from the start of a run until its first checkpoint is complete: only then may a run that
 # finds no checkpoint begin at step 0.
@@ -77,6 +78,8 @@ def steps_in(directory: pathlib.Path) -> list[int]:
     except FileNotFoundError:
         return []
     except OSError as error:
+        if is_transient(error):
+            raise
         raise UserError(f"{directory}: cannot be read ({error})") from error
 
 
@@ -160,6 +163,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if is_transient(error):
+                raise TryAgainError(
+                    f"a checkpoint could not be written to {self.directory}: {first_line(error)}; "
+                    "the same command continues from the newest complete one"
+                ) from error
             kept = [s for s in steps_in(self.directory) if s != step]
             raise UserError(
                 f"a checkpoint could not be written to {self.directory}: {first_line(error)}. "
@@ -234,7 +242,7 @@ class Checkpoints:
 
     def _agreed_steps(self) -> list[int]:
         """The steps that any process sees, ascending."""
-        own = in_every_process(steps_in, self.directory)
+        own = in_every_process(retried(steps_in), self.directory)
         seen = [json.loads(text) for text in tell_all(json.dumps(own))]
         if any(seen) and not all(seen):
             raise UserError(
@@ -283,7 +291,9 @@ class _DamagedError(Exception):
 
 def _agree(function: Callable, *args: Any) -> Any:
     try:
-        return in_every_process(function, *args)
+        return in_every_process(retried(function), *args)
+    except TryAgainError:  # no damage, and nothing to pass over
+        raise
     except Exception as error:  # Orbax and TensorStore raise many types for bad files.
         raise _DamagedError(first_line(error)) from error
 
@@ -297,7 +307,7 @@ def save_params(folder: PathLike, params: Any) -> None:
                 checkpointer.save(os.path.abspath(folder), params)
         except Exception as error:  # Orbax and TensorStore raise many types.
             full = os.strerror(errno.ENOSPC) in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, first_line(error)) from error
+            raise OSError(*[errno.ENOSPC] * full, first_line(error)) from error
 
 
 def read_params(folder: pathlib.Path) -> Any:

@@ -2,7 +2,7 @@
 
 Paths are `etils.epath`, so that a bucket can become one more place to write to: nobody outside this
 file renames, appends or makes folders. What the system refuses (no room, no permission) is a
-`UserError` that names the path.
+`UserError` that names the path; what may pass is tried again, then a `TryAgainError`.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from mae_jax import UserError
+from mae_jax import TryAgainError, UserError
+from mae_jax.storage.retry import is_transient, retried
 
 PathLike = str | os.PathLike
 
@@ -33,6 +34,8 @@ def explain_failure(path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_transient(error):
+            raise TryAgainError(f"{path}: {error.strerror or error}") from error
         remedy = "see that its folder is there and can be written to"
         if error.errno in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
             remedy = "make room there and start again"
@@ -43,6 +46,7 @@ def explain_failure(path: PathLike) -> Iterator[None]:
         raise UserError(f"{shown}: could not be written ({reason}); {remedy}") from error
 
 
+@retried
 def write_atomically(path: PathLike, content: bytes | str) -> None:
     """Writes a file that is complete or absent, making its folder where needed."""
     with complete_or_absent(path) as temporary:
@@ -110,23 +114,28 @@ def _remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@retried
 def append_line(path: PathLike, line: str) -> None:
     """Adds a line to a text file; it is with the system when this returns."""
     with explain_failure(path), epath.Path(path).open("a") as file:
         file.write(line + "\n")
 
 
+@retried
 def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a JSON file; UserError where there is none."""
     try:
         content = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError) as error:
+        if is_transient(error):
+            raise
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
 
 
+@retried
 def read_json_lines(path: PathLike) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; without those half-written, none without a file."""
     objects = []

@@ -7,20 +7,23 @@ import itertools
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
 from absl import logging
+from etils import epath
 from jax._src import distributed  # whose store of keys and values has no public name
 
 from mae_jax import PeerError, TryAgainError, UserError
+from mae_jax.storage.claim import Claim
 from mae_jax.storage.files import explain_failure
 
 T = TypeVar("T")
 
 LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000  # for a process that writes or reads; a dead one ends all
-_rounds = itertools.count()
+_rounds, _sayings = itertools.count(), itertools.count()
 
 
 def in_every_process(function: Callable[..., T], *args: object) -> T:
@@ -75,18 +78,64 @@ def first_line(error: BaseException) -> str:
     return text if ours else f"{type(error).__name__}: {text}"[:500]
 
 
+def from_process_0(text: str) -> str:
+    """The text of process 0, in every process; all must call it equally often."""
+    if jax.process_count() == 1:
+        return text
+    client, number = distributed.global_state.client, next(_sayings)
+    if jax.process_index() != 0:
+        return client.blocking_key_value_get(f"mae_jax/said/{number}", LONGEST_WAIT_MS)
+    client.key_value_set(f"mae_jax/said/{number}", text)
+    if number >= 100:  # which no step is behind
+        client.key_value_delete(f"mae_jax/said/{number - 100}")
+    return text
+
+
+class Timer:
+    """Says every so many minutes, by the clock of process 0, in every process alike."""
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now on."""
+        self._since = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the time is over; all processes must ask equally often."""
+        return from_process_0(str(time.monotonic() - self._since >= self._seconds)) == "True"
+
+
 @contextlib.contextmanager
-def sole_run(workdir: pathlib.Path) -> Iterator[None]:
+def sole_run(
+    workdir: pathlib.Path, lost: Callable[[str], None] = lambda text: None
+) -> Iterator[Claim | None]:
     """Keeps a second run out of `workdir` for as long as the block, or the process, lives.
 
-    By a lock that process 0 holds on a file in it, and a kill releases; without locks (buckets,
-    some network disks) a note is logged. A second run is a UserError in every process, naming the
-    first.
+    By a lock that process 0 holds on a file in it, and a kill releases; and by a claim, which it is
+    given, as locks are not known everywhere, and seldom to other hosts. A second run is a UserError
+    in every process, naming the first. `lost`: of `Claim`.
     """
-    file = in_process_0(_lock, workdir / "lock")
+    claim = Claim(epath.Path(workdir) / "claim.json", lost)
+
+    def take() -> int | None:
+        file = _lock(workdir / "lock")
+        try:
+            claim.take(locked=file is not None)
+        except BaseException:
+            if file is not None:
+                os.close(file)
+            raise
+        return file
+
+    file = in_process_0(take)
     try:
-        yield
+        yield claim if jax.process_index() == 0 else None
     finally:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                claim.release()
         if file is not None:
             os.close(file)
 
@@ -108,7 +157,7 @@ def _lock(path: pathlib.Path) -> int | None:
                 f"--workdir={path.parent}: another run trains here ({holder or 'not yet named'}); "
                 "wait for its end, stop it, or choose another --workdir"
             ) from None
-        logging.info("%s: no locks here (%s); start one run at a time", path.parent, error)
+        logging.info("%s: no locks here (%s)", path.parent, error)
         return None
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -46,6 +46,8 @@ class Action(NamedTuple):
     run: Callable[[int, TrainState], None]  # of (steps done, state)
     # Compiles for an abstract state what `run` runs, which takes no time there then.
     compile: Callable[[TrainState], Sequence[jax.stages.Compiled]] | None = None
+    # Asked at the end of every log interval: True makes it due besides.
+    also: Callable[[], bool] | None = None
 
 
 class Interval(NamedTuple):
@@ -138,7 +140,12 @@ def train(
                 start = now
                 totals = place_totals(zero_totals(metric_names))
 
-            due = [x for x in actions if last or (x.every > 0 and done % x.every == 0)]
+            wanted = {x.phase for x in actions if x.also and done % log_every == 0 and x.also()}
+            due = [
+                x
+                for x in actions
+                if last or x.phase in wanted or (x.every > 0 and done % x.every == 0)
+            ]
             stopped = stop_requested()
             if due or stopped:
                 flush()

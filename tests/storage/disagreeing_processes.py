@@ -37,7 +37,7 @@ def cannot_list(function):
 def cannot_read_3(function):
     def failing(self, folder, *args, **kwargs):
         if "/3/" in f"{folder}/":
-            raise OSError(5, "Input/output error")
+            raise ValueError("checksum does not match")
         return function(self, folder, *args, **kwargs)
 
     return failing

@@ -1,5 +1,7 @@
 """Several processes do as one: real ones, where something fails in process 1 alone."""
 
+import errno
+import json
 import os
 import pathlib
 import re
@@ -9,9 +11,12 @@ import sys
 import time
 
 import pytest
+from etils import epath
 from program import ROOT, environment
 
-from mae_jax import UserError
+from mae_jax import TryAgainError, UserError
+from mae_jax.storage import claim, retry
+from mae_jax.storage.files import write_atomically
 from mae_jax.storage.processes import sole_run
 
 HOLDER = """
@@ -96,3 +101,92 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_note(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with caplog.at_level("INFO", logger="absl"), sole_run(tmp_path):
         assert "no locks here" in caplog.text
+
+
+@pytest.fixture
+def two_hosts(tmp_path, monkeypatch):
+    """The claims of two hosts on one workdir, and what each was told when it lost its own."""
+    monkeypatch.setattr(claim, "SECONDS_STALE", 3.0)
+    monkeypatch.setattr(claim, "SECONDS_RENEWED", 0.5)
+    monkeypatch.setattr(claim, "SECONDS_SETTLED", 0.1)
+    told, path = [], epath.Path(tmp_path) / "claim.json"
+    claims = [claim.Claim(path, told.append), claim.Claim(path, told.append)]
+    claims[0]._host = "elsewhere"
+    yield *claims, told
+    for each in claims:
+        each.release()
+
+
+def test_a_claim_holds_on_other_hosts_while_it_is_renewed(two_hosts):
+    there, here, _ = two_hosts
+    there.take(locked=False)
+    with pytest.raises(UserError, match=r"another run trains here \(process \d+ on elsewhere\)"):
+        here.take(locked=True)
+    there.release()
+    here.take(locked=False)  # what is released can be taken at once
+
+
+def test_a_claim_that_nobody_renews_is_taken_over_and_its_old_owner_told(two_hosts, monkeypatch):
+    there, here, told = two_hosts
+    with monkeypatch.context() as frozen:
+        frozen.setattr(
+            there, "_write", lambda: None if there._renewals else type(there)._write(there)
+        )
+        there.take(locked=False)
+        start = time.monotonic()
+        here.take(locked=True)
+        assert 3 <= time.monotonic() - start < 10
+    with pytest.raises(UserError, match="another run trains here"):
+        there.require()
+    time.sleep(1)
+    assert len(told) >= 1
+    assert "another run trains here" in told[0]
+    here.require()
+
+
+def test_a_claim_of_this_host_is_taken_at_once_where_its_process_is_gone(two_hosts):
+    _, here, _ = two_hosts
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    owner = {"run": "x", "host": os.uname().nodename, "pid": gone.pid}
+    here._path.write_text(json.dumps(owner))
+    start = time.monotonic()
+    here.take(locked=False)
+    assert time.monotonic() - start < 2
+
+
+def test_storage_that_does_not_answer_is_asked_again_and_then_left_for_later(monkeypatch):
+    monkeypatch.setattr(retry, "SECONDS_BETWEEN", (0.0, 0.0))
+    calls = []
+
+    def answering(after, error):
+        def read():
+            calls.append(error)
+            if len(calls) <= after:
+                raise error
+            return "read"
+
+        calls.clear()
+        return retry.retried(read)
+
+    assert answering(2, OSError(errno.ESTALE, "Stale file handle"))() == "read"
+    told = ValueError("UNAVAILABLE: OS error: Input/output error")  # TensorStore's words
+    for error in (OSError(errno.EIO, "x"), ConnectionResetError(), told):
+        with pytest.raises(TryAgainError, match="the same command continues"):
+            answering(3, error)()
+        assert len(calls) == 3
+    for error in (OSError(errno.ENOSPC, "full"), PermissionError(13, "x"), ValueError("damaged")):
+        with pytest.raises(type(error)):
+            answering(1, error)()
+        assert len(calls) == 1
+
+
+def test_a_file_on_storage_that_does_not_answer_is_no_fault_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "SECONDS_BETWEEN", ())
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", failing)
+    with pytest.raises(TryAgainError, match=r"metrics.*Input/output error"):
+        write_atomically(tmp_path / "metrics", "1")
