@@ -55,7 +55,8 @@ def relay(process: subprocess.Popen, number: int) -> None:
 
 def say(text: str) -> None:
     """Prints a line of our own."""
-    print(f"launch: {text}", flush=True)
+    sys.stdout.write(f"launch: {text}\n")
+    sys.stdout.flush()
 
 
 class Launcher:

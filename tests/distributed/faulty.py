@@ -46,12 +46,12 @@ def main(action, process, phase, nth, options):
         during, entered = Ledger.during, []
 
         @contextlib.contextmanager
-        def faulty(self, name):
+        def faulty(self, name, **options):
             entered.append(name)
             if entered.count(phase) == int(nth) and name == phase:
                 mark.touch()
                 fail(action)
-            with during(self, name):
+            with during(self, name, **options):
                 yield
 
         Ledger.during = faulty
