@@ -277,8 +277,9 @@ def train_and_evaluate(
                 for action in (action for action in actions if action.compile is not None):
                     programs[action.phase] = functools.partial(action.compile, setup.abstract)
                 [step] = compile_ahead(programs, setup.abstract)["step"]
-            # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save.
-            stopping.arm()
+            # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save. All
+            # together: the first exchange between devices waits for nobody's compiler.
+            in_every_process(stopping.arm)
             return train(
                 step,
                 state,

@@ -33,9 +33,9 @@ SECONDS_TO_LEAVE = 10.0  # for what is done on the way out, which a disk or a ne
 
 _FATES, _BEATS = "mae_jax/fate/", "mae_jax/beat/"
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where XLA's service notes a SIGTERM to any process
-# Of exceptions that a peer's death causes in a collective.
+# Exceptions that a peer's death causes where processes exchange something.
 _COMMUNICATION = re.compile(
-    "gloo|nccl|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|connection|heartbeat|barrier", re.I
+    "gloo|nccl|JaxRuntimeError: (UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)", re.I
 )
 
 _leaving = threading.Lock()
@@ -83,17 +83,19 @@ def fail(error: BaseException) -> None:
     """Ends all processes of a run of several for what one of them raised; returns in others."""
     if peers is None:
         return
+    if isinstance(error, KeyboardInterrupt):
+        leave(BY_CTRL_C, "stopped by Ctrl-C")
     code = getattr(error, "exit_code", BUG)
     text = " ".join(str(error).split())
     if code != BUG or isinstance(error, PeerError):
-        known = text.startswith("process ")  # which it came from
-        leave(
-            code, f"error: {text}", f"error: {'' if known else f'process {peers.process}: '}{text}"
-        )
-    if _COMMUNICATION.search(f"{type(error).__name__} {text}"):
+        start = "error: " * (code != RETRY)
+        source = "" if text.startswith("process ") else f"process {peers.process}: "
+        leave(code, f"{start}{text}", f"{start}{source}{text}")
+    if _COMMUNICATION.search(f"{type(error).__name__}: {text}"):
         # Most likely another process ended, and how will be known soon: `Peers` ends this one then.
         peers.tell(0, "")
         time.sleep(SECONDS_SILENT + 5)
+        code = LOST  # the network, then
     traceback.print_exception(error)
     kind = f"{type(error).__name__}: {text}"[:500]
     told = f"error: process {peers.process} failed, its output has the traceback: {kind}"
@@ -138,10 +140,6 @@ class Peers:
             if sum(fate["code"] > 0 for fate in self._fates()) == self.count:
                 break
             time.sleep(0.2)
-
-    def wait_for_all(self, name: str, seconds: float) -> None:
-        """Returns when every process has come here."""
-        self._client.wait_at_barrier(f"mae_jax/{name}", int(seconds * 1000))
 
     def lost_service(self) -> None:
         """Leaves because process 0 does not answer; called by JAX's own threads, too."""

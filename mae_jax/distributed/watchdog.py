@@ -29,8 +29,9 @@ def watching(phase: Callable[[], str], minutes: float, workdir: epath.Path) -> I
     number = 0 if fate.peers is None else fate.peers.process
 
     def write_stacks() -> None:
-        threading.Thread(target=_write_stacks, args=(workdir, number), daemon=True).start()
-        time.sleep(3)  # not for ever: storage may be what hangs
+        writing = threading.Thread(target=_write_stacks, args=(workdir, number), daemon=True)
+        writing.start()
+        writing.join(3)  # not for ever: storage may be what hangs
 
     def watch() -> None:
         seen, since, woken = None, 0.0, time.monotonic()
