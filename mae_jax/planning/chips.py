@@ -172,39 +172,30 @@ def parse_pod(text: str, slices: int = 1) -> Pod:
     """The pod that `text` names: as products are (`v4-128`, `v5litepod-256`) or libtpu's grids
     (`v5e:4x4`), `2x` before it for two slices. Names count cores for v2 to v4, v5p and tpu7x,
     chips for v5e and v6e."""
-    if several := re.match(r"(\d+)x(?=[a-z])", text.strip().lower()):
-        text = text.strip()[several.end() :]
-        if slices > 1 or int(several[1]) < 1:
-            raise UserError(f"{several[0]}{text}: give the slices once, from 1")
-        slices = int(several[1])
-    match = re.fullmatch(r"([a-z][a-z0-9 ]*?)(?:-(\d+)|[:=](\d+(?:x\d+)*))", text.strip().lower())
-    generation = SPELLINGS.get(match[1], match[1]) if match else ""
-    if match is None or generation not in CHIPS:
+    name = r"(?:(\d+)x(?=[a-z]))?([a-z][a-z0-9 ]*?)(?:-(\d+)|[:=](\d+(?:x\d+)*))"
+    match = re.fullmatch(name, text.strip().lower())
+    chip = CHIPS.get(SPELLINGS.get(match[2], match[2])) if match else None
+    if match is None or chip is None:
         known = ", ".join(CHIPS)
         raise UserError(f"{text!r} names no TPU: give CHIP-SIZE or CHIP:GRID, CHIP one of {known}")
-    chip = CHIPS[generation]
-    if match[2]:
-        count = int(match[2])
-        fitting = [g for g in products(chip) if math.prod(g) * chip.cores == count]
-        grid = fitting[0] if fitting else ()
-        size = count / chip.cores
+    if match[1] and (slices > 1 or int(match[1]) < 1):
+        raise UserError(f"{text!r}: give the slices once, from 1")
+    slices = int(match[1] or slices)
+    if match[3]:
+        size = int(match[3]) / chip.cores
+        grid = next((grid for grid in products(chip) if math.prod(grid) == size), ())
     else:
-        grid = tuple(map(int, match[3].split("x")))
+        grid = tuple(map(int, match[4].split("x")))
         size = math.prod(grid)
-        while len(grid) > chip.axes and grid[-1] == 1:
-            grid = grid[:-1]
-        grid = grid + (1,) * (chip.axes - len(grid))
+        sides = (*grid, 1, 1)
+        grid = sides[: chip.axes] if set(sides[chip.axes :]) <= {1} else ()
         grid = grid if _is_product(chip, grid) else ()
     if not grid:
         near = _nearest(chip, size)
-        counted = f" (names count {chip.cores} cores a chip)" * (chip.cores > 1)
-        raise UserError(
-            f"{text!r}: no slice of {chip.name} has this shape{counted}; near it: {near}"
-        )
+        counted = f" (names count {chip.cores} cores a chip)" * bool(match[3] and chip.cores > 1)
+        raise UserError(f"{text!r}: {chip.name} has no such slice{counted}; near it: {near}")
     if slices > 1 and not chip.dcn_bandwidth:
-        raise UserError(
-            f"--slices={slices}: slices of {chip.name} cannot be joined; give v4 or later"
-        )
+        raise UserError(f"{slices} slices of {chip.name} cannot be joined; give v4 or later")
     return Pod(chip, grid, slices)
 
 
@@ -232,14 +223,13 @@ def _is_product(chip: Chip, grid: tuple[int, ...]) -> bool:
         return True
     if chip.axes == 2:
         return grid[::-1] in SMALL[chip.name]
-    whole = len(grid) == 3 and all(side % CUBE == 0 and 0 < side <= LONGEST_SIDE for side in grid)
-    return whole and math.prod(grid) <= chip.largest
+    whole = grid and all(side % CUBE == 0 and 0 < side <= LONGEST_SIDE for side in grid)
+    return bool(whole) and math.prod(grid) <= chip.largest
 
 
 def _nearest(chip: Chip, size: float) -> str:
     """Names and grids of the slices about as large."""
-    sizes = products(chip)
-    below = [grid for grid in sizes if math.prod(grid) <= size][-1:]
-    above = [grid for grid in sizes if math.prod(grid) > size][:1]
+    below = [grid for grid in products(chip) if math.prod(grid) <= size][-1:]
+    above = [grid for grid in products(chip) if math.prod(grid) > size][:1]
     pods = [Pod(chip, grid) for grid in below + above]
     return ", ".join(f"{p.name} ({chip.name}:{'x'.join(map(str, p.grid))})" for p in pods)

@@ -71,7 +71,7 @@ def test_several_slices():
     assert parse_pod(pod.name) == pod
     with pytest.raises(UserError, match="give the slices once"):
         parse_pod("2xv5e-256", slices=2)
-    with pytest.raises(UserError, match="--slices=2: slices of v3 cannot be joined"):
+    with pytest.raises(UserError, match="2 slices of v3 cannot be joined"):
         parse_pod("v3-32", slices=2)
 
 
