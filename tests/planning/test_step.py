@@ -17,12 +17,12 @@ from mae_jax.train.step import lower_step
 def compiled(tiny_config):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
 
-    def step(**changes):
+    def step(slices=1, **changes):
         tiny_config.compute_dtype = "bfloat16"
         tiny_config.model.width, tiny_config.decoder.width = 256, 128
         for name, value in changes.items():
             tiny_config[name.split("__")[0]][name.split("__")[1]] = value
-        pod = parse_pod("v5e:2x2")
+        pod = parse_pod("v5e:2x2", slices)
         mesh = mesh_lib.make_mesh(-1, tiny_config.mesh.fsdp, list(pod.topology().devices))
         task = create_task(tiny_config, 100, None, mesh)
         state = abstract_state(task.init, mesh)
@@ -78,3 +78,13 @@ def test_split_parameters_are_gathered_once_and_their_gradients_scattered(compil
     ]
     assert found["all-gather"].bytes == pytest.approx(2 * sum(split) * 3 / 4, rel=1e-3)
     assert found["reduce-scatter"].bytes == pytest.approx(4 * sum(split) * 3 / 4, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_slices_exchange_each_gradient_once(compiled, fsdp):
+    _, state, _, exchanged = compiled(slices=2, mesh__fsdp=fsdp)
+    found = {(x.kind, x.over): x for x in exchanged}
+    size = sum(4 * np.prod(x.shape) for x in jax.tree.leaves(state.params))
+    # A chip of four has a quarter, sends half of it to be summed and half of the sum back.
+    assert found["all-reduce", "dcn"].bytes == pytest.approx(size / 4, rel=0.02)
