@@ -16,13 +16,18 @@ HERE = pathlib.Path(__file__).parent
 JOB = """
 cd "$FAKE"; echo >>starts$HOST; starts=$(wc -l <starts$HOST)
 echo "start $starts on $HOST with JAX_NUM_PROCESSES=$JAX_NUM_PROCESSES"
-test -f chips$HOST && kill -0 $(cat chips$HOST) 2>/dev/null && exit 3
+test -f chips$HOST && kill -0 $(cat chips$HOST) 2>/dev/null && echo held on $HOST && exit 3
 echo $$ >chips$HOST; touch host$HOST/ready
 set -- $1; shift $((starts - 1))
 test $HOST = 0 && end=${1%/*} || end=${1#*/}
 [ "$end" != wait ] || exec sleep 100
 exit "$end"
 """
+
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="what is sent is the last commit, launch/host.sh included"
+)
 
 
 @pytest.fixture
@@ -137,8 +142,8 @@ def test_keep_leaves_the_pod(fake, tmp_path):
 def test_a_host_that_hangs_is_cleared_before_the_next_start(fake, tmp_path):
     done, _ = fake(["kept"], ["42/wait", 0])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "start 2 on 1" in (tmp_path / "mae.log").read_text()
     assert starts(tmp_path) == [2, 2]
+    assert "held on 1" not in (tmp_path / "mae.log").read_text()
 
 
 def run(*options):
