@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 # The process group of the run. This folder forgets it at a reboot, as it must.
 group=/dev/shm/mae_jax${PWD//\//_}
 
-case $1 in
+case ${1:-} in
     install)
         set -e
         # The Python of the TPU images is too old: uv brings another.
@@ -34,4 +34,8 @@ case $1 in
         fi
         ;;
     logs) sed "s/^/$(hostname): /" log | tail -n 40 ;;
+    *)
+        echo "error: install, start COMMAND, poll or logs" >&2
+        exit 2
+        ;;
 esac

@@ -135,11 +135,12 @@ class Supervisor:
                 elif status == "unreachable":
                     failures += 1
                 else:
+                    if started and restarts == self.given.restarts:
+                        say(f"exit status {status} after {restarts} restarts: not again")
+                        return self.finish(1)
                     if started:
                         restarts += 1
                         say(f"exit status {status}: restart {restarts}")
-                    if restarts > self.given.restarts:
-                        return self.finish(1)
                     steps = ("start",) if started else ("pack", "copy", "install", "start")
                     works = all(self.do(step).returncode == 0 for step in steps)
                     started, failures = started or works, failures + (not works)
@@ -148,6 +149,7 @@ class Supervisor:
                     if not started:
                         return self.finish(1)
                     self.do("delete")
+                    failures = 0
             time.sleep(self.given.poll)
 
     def finish(self, status: int) -> int:

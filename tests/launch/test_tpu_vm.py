@@ -128,6 +128,7 @@ def test_machines_that_stop_answering_are_given_back(fake, tmp_path):
 def test_restarts_are_counted(fake, tmp_path):
     done, calls = fake(["kept"], [134] * 9, "--restarts=2")
     assert done.returncode == 1
+    assert "134 after 2 restarts" in done.stdout
     assert starts(tmp_path) == [3, 3]
     assert calls[-1] == "delete"
 
