@@ -26,9 +26,9 @@ ACCELERATORS = {
     "v6e": "tpu-v6e-slice",
     "tpu7x": "tpu7x",
 }
-# Saved and left, a hang or a lost peer, killed, stopped unheard: a subset of what XPK restarts
-# (42 and 127 to 255), so that a run fares there as here. Other codes are final.
-RESTART = [42, 134, 137, 143]
+# Saved and left, a hang or a lost peer, killed, stopped unheard; 135 and 139: a crash outside Python,
+# as of a broken machine. XPK restarts these too (42 and 127 to 255). Other codes are final.
+RESTART = [42, 134, 135, 137, 139, 143]
 SPOT_GRACE = 25  # Google's advice: a spot machine is gone 30 s after the notice
 
 

@@ -28,8 +28,9 @@ RUNTIMES = dict.fromkeys(("v2", "v3", "v4"), "tpu-ubuntu2204-base") | {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-# Saved and left, a hang or a lost peer, killed, stopped unheard. Other codes are final.
-RESTART = (42, 134, 137, 143)
+# Saved and left, a hang or a lost peer, killed, stopped unheard; 135 and 139: a crash outside Python,
+# as of a broken machine. Other codes are final.
+RESTART = (42, 134, 135, 137, 139, 143)
 TAKEN = ("SUSPENDED", "FAILED", "PREEMPTED")
 NO_CAPACITY = re.compile("RESOURCE_EXHAUSTED|no more capacity|UNAVAILABLE", re.IGNORECASE)
 TRIES = 3  # of what should work on machines that are there

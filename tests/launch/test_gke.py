@@ -128,7 +128,7 @@ def outcome(manifest, code, disrupted=False):
 
 def test_exit_codes_restart_what_xpk_restarts(spot_slices):
     xpk = {42, *range(127, 256)}  # its default, in src/xpk/commands/workload.py
-    for code in (42, 134, 137, 143):
+    for code in (42, 134, 135, 137, 139, 143):
         assert outcome(spot_slices, code) == "RestartJobSet"
         assert code in xpk
     for code in (1, 2):

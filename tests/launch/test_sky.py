@@ -19,7 +19,7 @@ def test_recovers_from_what_a_restart_mends(task):
     recovery = task["resources"]["job_recovery"]
     # SkyPilot recovers where any host ends with one of these. It kills (137) the hosts that outlive
     # the first, so 137 must not be among them.
-    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42, 134]}
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42, 134, 135, 139]}
     assert task["resources"]["use_spot"] is True
     assert task["envs"]["WORKDIR"] is None  # must be given
 

@@ -31,7 +31,7 @@ def submit(tmp_path):
         "srun": 'exit "$STATUS"',
         "scontrol": '[ "$1" != show ] || echo "JobId=7 JobState=$STATE Reason=None"',
     }.items():
-        line = f'echo "{name} $* [${{JAX_LOCAL_DEVICE_IDS:-}}]" >>{calls}'
+        line = f'echo "{name} $*" >>{calls}'
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
@@ -51,20 +51,19 @@ def test_one_process_a_gpu(submit):
     assert done.returncode == 0
     assert calls == [
         "srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=8 --kill-on-bad-exit=0 "
-        f"--wait=120 {' '.join(COMMAND)} []"
+        f"--wait=120 {' '.join(COMMAND)}"
     ]
 
 
 def test_one_process_a_node(submit):
     _, calls = submit(0, PROCESSES="node")
     assert "--ntasks=2 --ntasks-per-node=1 --cpus-per-task=32" in calls[0]
-    assert calls[0].endswith("[0,1,2,3]")
 
 
-@pytest.mark.parametrize("status", [42, 134, 137, 143])
+@pytest.mark.parametrize("status", [42, 134, 135, 137, 139, 143])
 def test_goes_back_into_the_queue(submit, status):
     done, calls = submit(status, SLURM_RESTART_COUNT="99")
-    assert calls[-1] == "scontrol requeue 7 []"
+    assert calls[-1] == "scontrol requeue 7"
     assert done.returncode == status
 
 
