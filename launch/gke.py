@@ -26,7 +26,7 @@ ACCELERATORS = {
     "v6e": "tpu-v6e-slice",
     "tpu7x": "tpu7x",
 }
-# Saved and left, a hang or a lost peer, killed, stopped unheard; 135 and 139: a crash outside Python,
+# Saved and left, a hang or a lost peer, killed, stopped unheard; 135, 139: crashed outside Python,
 # as of a broken machine. XPK restarts these too (42 and 127 to 255). Other codes are final.
 RESTART = [42, 134, 135, 137, 139, 143]
 SPOT_GRACE = 25  # Google's advice: a spot machine is gone 30 s after the notice

@@ -28,7 +28,7 @@ RUNTIMES = dict.fromkeys(("v2", "v3", "v4"), "tpu-ubuntu2204-base") | {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-# Saved and left, a hang or a lost peer, killed, stopped unheard; 135 and 139: a crash outside Python,
+# Saved and left, a hang or a lost peer, killed, stopped unheard; 135, 139: crashed outside Python,
 # as of a broken machine. Other codes are final.
 RESTART = (42, 134, 135, 137, 139, 143)
 TAKEN = ("SUSPENDED", "FAILED", "PREEMPTED")
