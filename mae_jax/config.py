@@ -177,6 +177,9 @@ FIELDS = {
     "pictures.every": Free(5000, "[0, inf)", "steps; 0: only at the end"),
     "pictures.count": Free(8, "[1, inf)", "images in the grid"),
 }
+# What may differ between the hosts of a run.
+OF_A_HOST = ("data.dir", "data.workers", "data.threads", "data.prefetch", "probe.dir")
+OF_A_HOST = (*OF_A_HOST, "compile.cache_dir")
 FREE_FIELDS = tuple(name for name, field in FIELDS.items() if field.free)
 
 

@@ -46,7 +46,14 @@ from mae_jax.storage.files import (
     write_atomically,
     write_json,
 )
-from mae_jax.storage.processes import Timer, in_every_process, in_process_0, sole_run, tell_all
+from mae_jax.storage.processes import (
+    Timer,
+    in_every_process,
+    in_process_0,
+    require_same,
+    sole_run,
+    tell_all,
+)
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
@@ -87,7 +94,12 @@ def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
     """Trains to the end, or until told to stop."""
     started, ledger, folder = time.time(), ledger or Ledger("start"), pathlib.Path(workdir)
     with watchdog.watching(lambda: ledger.phase, config.watchdog.minutes, folder):
+        fields = config_lib.flatten(config.to_dict()).items()
+        alike = {name: value for name, value in fields if name not in config_lib.OF_A_HOST}
+        require_same({"mae_jax": mae_jax.__version__, "jax": jax.__version__, **alike})
         setup = in_every_process(prepare, config, folder)
+        if jax.process_count() > 1:
+            require_same(in_every_process(setup.data.facts))
         announce(setup)
         with (
             sole_run(folder, lambda text: fate.leave(fate.MENDABLE, f"error: {text}")) as claim,

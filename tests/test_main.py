@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -264,6 +265,50 @@ def test_two_processes_of_four_devices_compute_what_one_device_does(undisturbed,
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
     for name, tensor in exported(undisturbed).items():
         np.testing.assert_allclose(exported(tmp_path)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config.batch_size=$((16 << JAX_PROCESS_ID))", "process 1 has batch_size = 32"),
+        (
+            "--config.data.name=folder --config.data.dir={folder}/$JAX_PROCESS_ID",
+            "process 1 has record 1 of data.train_split",
+        ),
+        (
+            "--config.data.name=folder --config.data.dir={folder}/$((JAX_PROCESS_ID * 2))",
+            "process 1 has records in data.train_split = 3 where process 0 has 4",
+        ),
+    ],
+)
+def test_processes_started_differently_end_at_once_and_name_the_difference(
+    tmp_path, option, message
+):
+    from PIL import Image
+
+    names = ("abcd", "abxd", "abc")
+    for number, letters in enumerate(names):
+        (tmp_path / f"{number}").mkdir()
+        for letter in letters:
+            Image.new("RGB", (32, 32)).save(tmp_path / f"{number}" / f"{letter}.png")
+    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=1"]
+    line = shlex.join(command(tmp_path / "run")) + f" {option.format(folder=tmp_path)}"
+    started = time.time()
+    result = subprocess.run(
+        [*launcher, "--", "bash", "-c", line],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert result.returncode == 2, result.stdout
+    for process in (0, 1):
+        assert re.search(rf"^\[{process}\] error: .*{message}", result.stdout, re.MULTILINE)
+    assert "Traceback" not in result.stdout
+    assert not (tmp_path / "run").exists()
+    assert time.time() - started < 120
 
 
 @pytest.mark.parametrize(

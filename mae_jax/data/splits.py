@@ -1,6 +1,9 @@
 """The training and evaluation split of a run, as batches of arrays."""
 
+import contextlib
 import dataclasses
+import os
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +47,18 @@ class Splits:
         """How `pipeline` is to load batches of either split."""
         names = ("bad_records", "classes", "threads", "prefetch")
         return {name: getattr(self, name) for name in names}
+
+    def facts(self) -> dict[str, Any]:
+        """What tells these data from others, of a few records of each split: as JSON."""
+        sources = {"data.train_split": self.train, "data.eval_split": self.eval}
+        found: dict[str, Any] = {f"records in {k}": len(source) for k, source in sources.items()}
+        for field, source in sources.items():
+            for index in {0, len(source) // 3, len(source) - 1}:
+                with contextlib.suppress(DecodeError):  # met again when it is wanted
+                    record = source[index]
+                    file = os.path.basename(record.name)  # its folder may be another on each host
+                    found[f"record {index} of {field}"] = f"{file}, label {record.label}"
+        return found
 
     def examples(self, source: Source, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Images [n, H, W, C] uint8, labels [n], names of n <= count records, spread over it."""

@@ -1,15 +1,18 @@
 """What the processes of a run must do together: fail, and own a workdir."""
 
+import collections
 import contextlib
 import errno
 import functools
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
@@ -69,6 +72,23 @@ def tell_all(text: str) -> list[str]:
     told = client.key_value_dir_get(f"mae_jax/told/{rounds}/")
     by_process = {int(key.rpartition("/")[2]): value for key, value in told}
     return [by_process[process] for process in range(jax.process_count())]
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Raises UserError in every process unless it was given the same (JSON) in all: who differs."""
+    own = json.dumps(facts)
+    if len({*tell_all(hashlib.sha256(own.encode()).hexdigest())}) == 1:
+        return
+    told = [json.loads(text) for text in tell_all(own)]
+    for name in {**told[0], **told[-1]}:  # in the order given
+        values = [json.dumps(other.get(name)) for other in told]
+        usual, _ = collections.Counter(values).most_common(1)[0]  # the lowest process's of equals
+        if odd := [process for process, value in enumerate(values) if value != usual]:
+            raise UserError(
+                f"process {odd[0]} has {name} = {values[odd[0]]} where process "
+                f"{values.index(usual)} has {usual}: start all with the same command, version and "
+                f"data ({len(odd)} of {len(told)} differ)"
+            )
 
 
 def first_line(error: BaseException) -> str:

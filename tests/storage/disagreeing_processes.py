@@ -21,6 +21,7 @@ from mae_jax import UserError
 from mae_jax.distributed import startup
 from mae_jax.storage import checkpoints as module
 from mae_jax.storage.checkpoints import Checkpoints
+from mae_jax.storage.processes import require_same
 
 
 def values_at(step):
@@ -78,6 +79,7 @@ def restore(folder, shardings):
 
 def main(folder):
     startup.initialize()
+    agree()
     mesh = Mesh(np.asarray(jax.devices()), "x")
     shardings = {"step": NamedSharding(mesh, P()), "w": NamedSharding(mesh, P("x"))}
     with contextlib.closing(Checkpoints(folder / "made", keep=3)) as made:
@@ -95,6 +97,21 @@ def main(folder):
                 outcome = restore(folder / name, shardings)
             except (UserError, OSError) as error:
                 outcome = f"{type(error).__name__} {error}"
+        os.write(1, f"OUTCOME {name}: {outcome}\n".encode())
+
+
+def agree():
+    """Facts that are the same, then some that are not."""
+    process = jax.process_index()
+    require_same({"batch_size": 16, "model.image_size": [32]})
+    for name, facts in {
+        "field": {"batch_size": 16 + process, "seed": 0},
+        "absent": {"seed": 0} if process else {"seed": 0, "version": "1"},
+    }.items():
+        try:
+            outcome = require_same(facts)
+        except UserError as error:
+            outcome = f"UserError {error}"
         os.write(1, f"OUTCOME {name}: {outcome}\n".encode())
 
 

@@ -73,6 +73,19 @@ def test_without_a_common_list_all_processes_stop_and_nothing_is_moved(outcomes,
     assert sorted(p.name for p in (folder / phase).iterdir()) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ("field", "process 1 has batch_size = 17 where process 0 has 16: start all with the same"),
+        ("absent", 'process 1 has version = null where process 0 has "1": start all with the'),
+    ],
+)
+def test_who_was_started_differently_is_named_in_every_process(outcomes, phase, message):
+    found, _ = outcomes
+    for process in (0, 1):
+        assert found[process, phase].startswith(f"UserError {message}")
+
+
 def test_a_second_run_in_a_workdir_is_refused_by_name_until_the_first_is_killed(tmp_path):
     first = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
