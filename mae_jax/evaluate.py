@@ -27,7 +27,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
-import pathlib
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,7 @@ from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.class_names import require_same_classes
 from mae_jax.models.classifier import classification_sums
 from mae_jax.models.inference import classify_function
-from mae_jax.storage.files import read_json, write_json
+from mae_jax.storage.files import read_json, to_path, write_json
 
 HEADER = f"| weights | data | images | top-1 % | top-5 % | loss | mCE % |\n|{'---|' * 7}"
 
@@ -138,7 +137,7 @@ def evaluate(
     settings = {
         **dataclasses.asdict(benchmark),
         "data": list(benchmark.data),
-        "data_dir": data_dir and str(pathlib.Path(data_dir).expanduser().resolve()),
+        "data_dir": data_dir and str(to_path(data_dir)),
         "crop": crop,
         "dtype": dtype,
         "weights": checkpoint.digest(),
@@ -171,9 +170,9 @@ def evaluate(
 
 def _read_unfinished(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What the file holds of this evaluation already; empty where there is none."""
-    if not output or not pathlib.Path(output).exists():
+    if not output or not to_path(output).exists():
         return {}
-    if pathlib.Path(output).is_dir():
+    if to_path(output).is_dir():
         raise UserError(f"--output={output}: is a folder; give a file")
     old = read_json(output)
     there = old.get("settings", {})

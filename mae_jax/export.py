@@ -11,14 +11,15 @@ if __name__ == "__main__":
 
     raise SystemExit(start("export"))
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from mae_jax import UserError, cli
 from mae_jax.interop import export, serving
 from mae_jax.interop.card import CARD_FILE
-from mae_jax.storage.files import complete_or_absent_folder, unfinished
+from mae_jax.storage.files import complete_or_absent_folder, to_path, unfinished
 
 _EXPORTERS: dict[str, export.Exporter] = {
     "timm": export.export_encoder,
@@ -36,14 +37,14 @@ def run(
     *,
     overrides: Mapping[str, Any] | None = None,
     licence: str | None = None,
-) -> pathlib.Path:
+) -> epath.Path:
     """Exports `source` in `format`, one of `FORMATS`; returns the path of the weights.
 
     `overrides`: see `open_checkpoint`; `licence`: of the weights, for the card. UserError, with
     nothing left in `output`: see `open_checkpoint`; the format cannot hold the model, `output`
     holds something, or cannot be written.
     """
-    directory = pathlib.Path(output)
+    directory = to_path(output)
     empty = directory.is_dir() and not any(directory.iterdir())
     if directory.exists() and not empty and not unfinished(directory):
         raise UserError(f"--output={output}: exists and is not empty; choose another folder")

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import argparse
 import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mae_jax import UserError, cli
 from mae_jax.data.folder import PictureFiles, list_pictures
@@ -36,14 +36,14 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, replicate
 from mae_jax.evaluators.over_split import OverSplit, Parts
 from mae_jax.models.inference import features_function
-from mae_jax.storage.files import complete_or_absent
+from mae_jax.storage.files import complete_or_absent, to_path
 
 KINDS = ("cls", "mean", "tokens", "logits")
 
 
 def extract(args: argparse.Namespace) -> None:
     """Writes `args.output`, its options those of `main`; see the module's docstring."""
-    path = pathlib.Path(args.output)
+    path = to_path(args.output)
     if path.suffix != ".npz":
         raise UserError(f"--output={path}: the result is an .npz file")
     root = pathlib.Path(args.images).expanduser().resolve()
@@ -92,12 +92,12 @@ def extract(args: argparse.Namespace) -> None:
             f"--bad_records=skip; the same command then goes on after what {folder} holds"
         ) from error
     shapes = _assemble(path, names, kinds, parts)
-    shutil.rmtree(folder)
+    folder.rmtree()
     print(f"wrote {path}: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}")
 
 
 def _assemble(
-    path: pathlib.Path, names: list[str], kinds: tuple[str, ...], parts: Parts
+    path: epath.Path, names: list[str], kinds: tuple[str, ...], parts: Parts
 ) -> dict[str, tuple[int, ...]]:
     """Joins the parts into one .npz, one part in memory at a time; the shapes of its arrays."""
     there = parts.array("weight") > 0  # [N], False: not decodable

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -43,6 +43,7 @@ from mae_jax.storage.claim import Claim
 from mae_jax.storage.files import (
     complete_or_absent_folder,
     read_json,
+    to_path,
     write_atomically,
     write_json,
 )
@@ -83,7 +84,7 @@ class Setup:
     """What a training is made of; nothing of it has been written yet."""
 
     config: ConfigDict
-    workdir: pathlib.Path
+    workdir: epath.Path
     mesh: Mesh
     data: Splits
     task: Task
@@ -92,7 +93,7 @@ class Setup:
 
 def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
     """Trains to the end, or until told to stop."""
-    started, ledger, folder = time.time(), ledger or Ledger("start"), pathlib.Path(workdir)
+    started, ledger, folder = time.time(), ledger or Ledger("start"), to_path(workdir)
     with watchdog.watching(lambda: ledger.phase, config.watchdog.minutes, folder):
         fields = config_lib.flatten(config.to_dict()).items()
         alike = {name: value for name, value in fields if name not in config_lib.OF_A_HOST}
@@ -148,7 +149,7 @@ def carry_out(
 class Starts:
     """Counts, in the workdir, starts that failed since the newest checkpoint."""
 
-    def __init__(self, workdir: pathlib.Path, limit: int):
+    def __init__(self, workdir: epath.Path, limit: int):
         self._path, self._limit, self._own = workdir / "starts.json", limit, None
 
     def begin(self, step: int) -> None:
@@ -179,7 +180,7 @@ def leave_saved(steps: int, total: int) -> None:
     raise TryAgainError(text)
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     """Opens the data and builds the task; raises UserError for what cannot be trained here."""
     config_lib.validate(config)
     keep_compiled(config.compile.cache_dir)

@@ -14,7 +14,6 @@ if __name__ == "__main__":
     raise SystemExit(start("results"))
 
 import json
-import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError, cli
 from mae_jax.config import FREE_FIELDS, flatten, image_size
-from mae_jax.storage.files import read_json, write_json
+from mae_jax.storage.files import PathLike, read_json, to_path, write_json
 from mae_jax.train.ledger import summary
 from mae_jax.train.metrics import evaluation_at, read_metrics
 
@@ -37,7 +36,7 @@ _NOT_COMPARED = {"seed", *FREE_FIELDS} - {"data.dir", "eval.batches"}
 
 
 def write_results(
-    workdir: str | pathlib.Path,
+    workdir: PathLike,
     config: ConfigDict,
     *,
     train_examples: int,
@@ -49,7 +48,7 @@ def write_results(
     Call it in one process, after the metrics are written: ValueError where they lack an evaluation
     of the last step. Accuracies are fractions; `parameters` counts frozen ones too.
     """
-    path = pathlib.Path(workdir)
+    path = to_path(workdir)
     final = evaluation_at(path, steps)
     if final is None:
         raise ValueError(f"{path / 'metrics.jsonl'} has no eval/top1 of the last step, {steps}")
@@ -77,9 +76,9 @@ def write_results(
     return result
 
 
-def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
+def read_results(workdir: PathLike) -> dict[str, Any]:
     """The results of one run; UserError where there are none, or a file of another origin."""
-    path = pathlib.Path(workdir) / "results.json"
+    path = to_path(workdir) / "results.json"
     result = read_json(path)
     if "config" not in result:
         raise UserError(f"{path}: not a file this project writes")
@@ -159,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
     args = parser.parse_args(argv)
     found, times = [], []
-    for workdir in dict.fromkeys(pathlib.Path(w).expanduser().resolve() for w in args.workdirs):
+    for workdir in dict.fromkeys(to_path(w) for w in args.workdirs):
         supervised, time = (workdir / "results.json").exists(), summary(workdir)
         found += [read_results(workdir)] if supervised else []
         times += [time] if time else []

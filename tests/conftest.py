@@ -11,9 +11,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # not the user's; one for all
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # before jax is imported
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import bucket as fake_bucket
 import pytest
 
 from mae_jax.config import default_config, validate
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """(path of an empty bucket, counts of what is asked of it), for this process and its own."""
+    with fake_bucket.serve() as (variables, counts), pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield f"gs://{fake_bucket.NAME}", counts
 
 
 @pytest.fixture

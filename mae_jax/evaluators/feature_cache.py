@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
 import numpy as np
+from etils import epath
 
 import mae_jax
 from mae_jax.data.pipeline import example_index
@@ -27,7 +27,7 @@ class CachedFeatures:
     depend on has changed.
     """
 
-    def __init__(self, task: Probing, data: Splits, frozen: Any, directory: pathlib.Path):
+    def __init__(self, task: Probing, data: Splits, frozen: Any, directory: epath.Path):
         self.train, self.eval, self.classes = data.train, data.eval, data.classes
         self._seed, self._batch_size = data.seed, task.batch_size
 

@@ -4,7 +4,6 @@ import functools
 import io
 import itertools
 import json
-import pathlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -137,19 +137,19 @@ class Parts:
     `foreign`; `compute` removes them.
     """
 
-    def __init__(self, folder: pathlib.Path, key: Mapping[str, Any], names: np.ndarray):
+    def __init__(self, folder: epath.Path, key: Mapping[str, Any], names: np.ndarray):
         self._folder, self._names = folder, names
         self._key = json.loads(json.dumps(key))  # as it is read back
         self._read()
 
     def _read(self, complete: bool = False) -> None:
-        self._files: list[pathlib.Path] = []
-        self._strangers: list[pathlib.Path] = []
+        self._files: list[epath.Path] = []
+        self._strangers: list[epath.Path] = []
         self.foreign: set[str] = set()
         names: list[list] = []
         for path in sorted(self._folder.glob("*.npz")):
             try:
-                with np.load(path) as part:
+                with path.open("rb") as file, np.load(file) as part:
                     key, found = json.loads(str(part["key"])), part["names"].tolist()
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 logging.warning("%s cannot be read (%s) and is computed again", path, error)
@@ -207,8 +207,8 @@ class Parts:
 
         @functools.lru_cache(maxsize=2)  # records that came later alternate with their neighbours
         def load(part: int) -> np.ndarray:
-            with np.load(self._files[part]) as file:
-                return file[name]
+            with self._files[part].open("rb") as file, np.load(file) as arrays:
+                return arrays[name]
 
         part_of = np.searchsorted(self._starts, self._rows, side="right") - 1
         borders = np.flatnonzero(np.diff(part_of)) + 1

@@ -1,7 +1,8 @@
 """Model cards: what a stranger needs to know about a folder of weights."""
 
-import pathlib
 from collections.abc import Mapping
+
+from etils import epath
 
 from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.files import write_atomically
@@ -18,7 +19,7 @@ GENERAL_LICENCE = (
 
 
 def write_card(
-    directory: pathlib.Path, spec: ModelSpec, facts: Mapping[str, object], form: str, load: str
+    directory: epath.Path, spec: ModelSpec, facts: Mapping[str, object], form: str, load: str
 ) -> None:
     """Writes a README.md: `form` is in what form the folder holds the model, `load` Python lines.
     `facts` of the training are in the order shown; `licence` replaces the general paragraph."""

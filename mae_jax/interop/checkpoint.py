@@ -6,11 +6,11 @@ Hugging Face folders and files (ViTMAE, ViT), our Orbax exports, and workdirs of
 
 import dataclasses
 import hashlib
-import pathlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from mae_jax import UserError
 from mae_jax.interop.class_names import informative
@@ -23,7 +23,7 @@ from mae_jax.interop.weights import Params, from_official, official_shapes, to_o
 from mae_jax.models.spec import METADATA_KEY, ModelSpec
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from mae_jax.storage.checkpoints import read_params
-from mae_jax.storage.files import PathLike, read_json
+from mae_jax.storage.files import PathLike, read_json, to_path
 
 # Tensors beside the model that some writers add and nobody here needs.
 _IGNORED = ("pooler.", "vit.pooler.")
@@ -62,7 +62,7 @@ def open_checkpoint(
     `overrides` are fields of `ModelSpec` that it does not tell (`heads`, `image_size`, `target`,
     `mean` ...). UserError: no weights of a ViT or MAE, damaged, hostile, or with NaN in them.
     """
-    path = pathlib.Path(path).expanduser()
+    path = to_path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     if (path / DESCRIPTION_FILE).is_file() and (path / ORBAX_FOLDER).is_dir():
@@ -78,7 +78,7 @@ def open_checkpoint(
     return _from_tensors(path if path.is_file() else _file_of(path), fallback, overrides)
 
 
-def _file_of(folder: pathlib.Path) -> pathlib.Path:
+def _file_of(folder: epath.Path) -> epath.Path:
     """The weights in a folder: one file of tensors, or the index of several."""
     if (index := folder / "model.safetensors.index.json").is_file():
         return index
@@ -93,17 +93,17 @@ def _file_of(folder: pathlib.Path) -> pathlib.Path:
     return files[0]
 
 
-def _read_shards(index: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_shards(index: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(read_json(index)["weight_map"].values())):
-        if pathlib.Path(name).name != name:
+        if epath.Path(name).name != name:
             raise UserError(f"{index}: names {name!r}, a file outside the folder")
         tensors |= read_tensors(index.parent / name)[0]
     return tensors, {}
 
 
 def _from_tensors(
-    path: pathlib.Path, fallback: ModelSpec | None, overrides: dict[str, Any]
+    path: epath.Path, fallback: ModelSpec | None, overrides: dict[str, Any]
 ) -> Checkpoint:
     tensors, metadata = _read_shards(path) if path.suffix == ".json" else read_tensors(path)
     ignored = [name for name in tensors if name.startswith(_IGNORED)]
@@ -161,7 +161,7 @@ def _checked(
     return Checkpoint(whole, spec, source, tuple(notes), facts)
 
 
-def _hugging_face_fields(where: pathlib.Path, notes: list[str]) -> dict[str, Any]:
+def _hugging_face_fields(where: epath.Path, notes: list[str]) -> dict[str, Any]:
     """What config.json and the preprocessor_config.json beside it tell; adds to `notes`."""
     if not where.is_file():
         notes.append("no config.json beside the weights: image size and heads by convention")
@@ -193,7 +193,7 @@ def _hugging_face_fields(where: pathlib.Path, notes: list[str]) -> dict[str, Any
     return fields
 
 
-def _timm_fields(where: pathlib.Path) -> dict[str, Any]:
+def _timm_fields(where: epath.Path) -> dict[str, Any]:
     """What timm's config.json tells; nothing where there is none."""
     config = read_json(where) if where.is_file() else {}
     if "architecture" not in config:
@@ -214,7 +214,7 @@ def _timm_fields(where: pathlib.Path) -> dict[str, Any]:
     return fields
 
 
-def _complete(spec: ModelSpec, overrides: dict[str, Any], where: pathlib.Path) -> ModelSpec:
+def _complete(spec: ModelSpec, overrides: dict[str, Any], where: epath.Path) -> ModelSpec:
     """A description with `overrides` where it says nothing; they must not contradict it."""
     for field, value in overrides.items():
         stated = getattr(spec, field)

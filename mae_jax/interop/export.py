@@ -5,8 +5,9 @@ the model (UserError), and returns the path of the weights. For `facts` see `car
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from mae_jax import UserError
 from mae_jax.interop.card import write_card
@@ -16,7 +17,7 @@ from mae_jax.interop.weights import Params, to_official
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from mae_jax.storage.checkpoints import save_params
-from mae_jax.storage.files import PathLike, write_atomically, write_json
+from mae_jax.storage.files import PathLike, to_path, write_atomically, write_json
 
 ENCODER_FILE = "encoder.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -26,15 +27,17 @@ ORBAX_FOLDER = "params"
 DESCRIPTION_FILE = "description.json"
 
 Facts = Mapping[str, Any]
-Exporter = Callable[[Params, PathLike, ModelSpec, Facts], Path]
+Exporter = Callable[[Params, PathLike, ModelSpec, Facts], epath.Path]
 
 _PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as image-processor configs write it
 
 
-def export_encoder(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
+def export_encoder(
+    params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
+) -> epath.Path:
     """Writes the encoder, or the classifier where there is a head, as timm names it, no decoder;
     from `config.json` timm builds the model at its own image size."""
-    directory, spec = Path(directory), spec.without_decoder()
+    directory, spec = to_path(directory), spec.without_decoder()
     path = directory / (CLASSIFIER_FILE if spec.classes else ENCODER_FILE)
     tensors = to_official(params, spec, include_decoder=False)
     save_safetensors(path, tensors, spec.to_metadata())
@@ -46,7 +49,9 @@ def export_encoder(params: Params, directory: PathLike, spec: ModelSpec, facts: 
     return path
 
 
-def export_official(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
+def export_official(
+    params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
+) -> epath.Path:
     """Writes everything, decoder included, under the names of the official MAE code."""
     _require_pixels(spec)
     if spec.pool == "normed_mean":
@@ -54,7 +59,7 @@ def export_official(params: Params, directory: PathLike, spec: ModelSpec, facts:
             "the official code has no head on the mean of normed tokens (a linear probe with "
             "head.pool=mean). Export it with --format=timm"
         )
-    path = Path(directory) / OFFICIAL_FILE
+    path = to_path(directory) / OFFICIAL_FILE
     save_safetensors(path, to_official(params, spec), spec.to_metadata())
     if spec.decoder_depth:
         model = "models_mae of facebookresearch/mae, with norm_pix_loss as the target below says"
@@ -68,11 +73,13 @@ def export_official(params: Params, directory: PathLike, spec: ModelSpec, facts:
     return path
 
 
-def export_hugging_face(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
+def export_hugging_face(
+    params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
+) -> epath.Path:
     """Writes a folder for `from_pretrained` of transformers 4 and 5: ViTMAEForPreTraining,
     ViTMAEModel (encoder alone) or ViTForImageClassification (classifier on the class token)."""
     config = hugging_face_config(spec)
-    directory = Path(directory)
+    directory = to_path(directory)
     path = directory / HF_FILE
     save_safetensors(path, to_hugging_face(to_official(params, spec)), spec.to_metadata())
     write_json(directory / "config.json", config)
@@ -94,9 +101,9 @@ def export_hugging_face(params: Params, directory: PathLike, spec: ModelSpec, fa
     return path
 
 
-def export_orbax(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> Path:
+def export_orbax(params: Params, directory: PathLike, spec: ModelSpec, facts: Facts) -> epath.Path:
     """Writes the Flax parameters as an Orbax checkpoint in `params/`, described by a JSON file."""
-    directory = Path(directory)
+    directory = to_path(directory)
     save_params(directory / ORBAX_FOLDER, params)
     write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
     form = "as a tree of Flax parameters in an Orbax checkpoint"

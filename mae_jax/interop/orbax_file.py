@@ -1,10 +1,10 @@
 """Parameters out of the checkpoints of workdirs."""
 
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mae_jax.interop.weights import Params
@@ -17,7 +17,7 @@ from mae_jax.storage.files import read_json_lines
 _PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
-def read_workdir(workdir: pathlib.Path) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
+def read_workdir(workdir: epath.Path) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
     """The newest whole checkpoint of a run: parameters (averages where kept, frozen ones too, batch
     norm absorbed into a probe's head), description, facts for a card, notes."""
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
@@ -47,7 +47,7 @@ def read_workdir(workdir: pathlib.Path) -> tuple[Params, ModelSpec, dict[str, An
     return params, ModelSpec.from_config(config, classes), facts, notes  # of version 0.1
 
 
-def _last_metrics(path: pathlib.Path) -> dict[str, str]:
+def _last_metrics(path: epath.Path) -> dict[str, str]:
     """The newest value of every loss and accuracy that the run logged."""
     values: dict[str, str] = {}
     for line in read_json_lines(path):

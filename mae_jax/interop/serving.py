@@ -7,13 +7,14 @@ import zipfile
 import jax
 import jax.export
 import jax.numpy as jnp
+from etils import epath
 
 from mae_jax import UserError
 from mae_jax.interop.card import write_card
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.export import DESCRIPTION_FILE, Facts
 from mae_jax.models.inference import features_function
-from mae_jax.storage.files import PathLike, write_atomically
+from mae_jax.storage.files import PathLike, to_path, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FILE = "model.stablehlo"
@@ -64,7 +65,7 @@ if __name__ == "__main__":
 '''
 
 
-def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) -> pathlib.Path:
+def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) -> epath.Path:
     """Writes weights and input normalisation as one function of uint8 images [b, H, W, C], any b.
 
     It gives what `inference.features_function` does. Beside it lie a model card and a loader that
@@ -82,7 +83,7 @@ def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) 
     function = jax.jit(lambda images: features(params, images))
     exported = jax.export.export(function, platforms=PLATFORMS)(images)
 
-    directory = pathlib.Path(directory)
+    directory = to_path(directory)
     path = directory / FILE
     write_atomically(path, bytes(exported.serialize()))
     shape = f"[b, {spec.image_size[0]}, {spec.image_size[1]}, {spec.channels}]"

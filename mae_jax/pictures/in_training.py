@@ -1,10 +1,10 @@
 """Pictures a run leaves in its workdir."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from mae_jax.data.splits import Splits
@@ -24,7 +24,12 @@ class Drawing:
     """
 
     def __init__(
-        self, function: Callable, images: np.ndarray, draw: Callable, directory: Path, mesh: Mesh
+        self,
+        function: Callable,
+        images: np.ndarray,
+        draw: Callable,
+        directory: epath.Path,
+        mesh: Mesh,
     ):
         self._function = jax.jit(function, out_shardings=replicated(mesh))
         self._images, self._draw, self._directory, self._mesh = images, draw, directory, mesh
@@ -44,7 +49,9 @@ class Drawing:
             write_png(self._directory / f"step_{step:08d}.png", picture)
 
 
-def draw_reconstructions(task: Pretraining, data: Splits, count: int, directory: Path) -> Drawing:
+def draw_reconstructions(
+    task: Pretraining, data: Splits, count: int, directory: epath.Path
+) -> Drawing:
     """What the autoencoder of `Pretrain` makes of `count` images of the evaluation split."""
     images, _, names = data.examples(data.eval, count)
 
@@ -55,7 +62,7 @@ def draw_reconstructions(task: Pretraining, data: Splits, count: int, directory:
     return Drawing(task.reconstruct, images, draw, directory, task.mesh)
 
 
-def draw_predictions(task: Tuning, data: Splits, count: int, directory: Path) -> Drawing:
+def draw_predictions(task: Tuning, data: Splits, count: int, directory: epath.Path) -> Drawing:
     """What the classifier of `Finetune` takes `count` images of the evaluation split for."""
     images, labels, names = data.examples(data.eval, count)
     texts = {"names": names, "class_names": data.train.class_names}
@@ -66,7 +73,7 @@ def draw_predictions(task: Tuning, data: Splits, count: int, directory: Path) ->
     return Drawing(task.probabilities, images, draw, directory, task.mesh)
 
 
-def draw_augmentations(task: Tuning, data: Splits, path: Path, count: int = 32) -> None:
+def draw_augmentations(task: Tuning, data: Splits, path: epath.Path, count: int = 32) -> None:
     """Training images of many mix groups of step 0's batch, as `Finetune`'s model sees them."""
     mesh, positions = task.mesh, local_positions(task.batch_size, task.mesh)
     with data.train_batches(positions, 0, 1) as batches:

@@ -10,7 +10,6 @@ import errno
 import functools
 import json
 import os
-import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,15 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from mae_jax import TryAgainError, UserError
-from mae_jax.storage.files import PathLike, explain_failure, write_atomically
+from mae_jax.storage.files import (
+    PathLike,
+    explain_failure,
+    in_bucket,
+    to_path,
+    write_atomically,
+)
 from mae_jax.storage.processes import first_line, in_every_process, in_process_0, tell_all
 from mae_jax.storage.retry import is_transient, retried
 
 # There from the start of a run until its first checkpoint is complete: only then may a run that
 # finds no checkpoint begin at step 0.
 _NONE_YET = "no-checkpoint-yet"
+_COMPLETE = "commit_success.txt"  # Orbax's, in buckets
 # The order of a state's parts in fingerprints that are lists (those of version 0.1).
 _LISTED = ("step", "params", "opt_state", "ema", "frozen", "extra")
 
@@ -52,7 +59,7 @@ class Checkpoint:
     beside it.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: epath.Path):
         self._path = folder / "state"
         self.record = ocp.JsonCheckpointHandler().restore(folder / "record")
         self.tree = ocp.PyTreeCheckpointHandler().metadata(self._path).tree
@@ -71,10 +78,13 @@ class Checkpoint:
             raise UserError(f"{len(damaged)} tensor(s) changed on disk, first {damaged[0]}")
 
 
-def steps_in(directory: pathlib.Path) -> list[int]:
+def steps_in(directory: epath.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending; none where there is no folder."""
     try:
-        return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+        steps = [entry for entry in directory.iterdir() if entry.name.isdigit()]
+        if in_bucket(directory):  # where a checkpoint has its name from the start
+            steps = [entry for entry in steps if (entry / _COMPLETE).exists()]
+        return sorted(int(entry.name) for entry in steps)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -84,7 +94,7 @@ def steps_in(directory: pathlib.Path) -> list[int]:
 
 
 def read_newest(
-    directory: pathlib.Path, parts: Sequence[str]
+    directory: epath.Path, parts: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The newest whole checkpoint of a run, for others than the run itself, who move nothing.
 
@@ -94,7 +104,7 @@ def read_newest(
     notes = []
     for step in reversed(steps_in(directory)):
         try:
-            checkpoint = Checkpoint(directory.absolute() / str(step))
+            checkpoint = Checkpoint(directory / str(step))
             chosen = {part: checkpoint.tree.get(part) for part in parts}
             tensors = checkpoint.read({k: tree for k, tree in chosen.items() if tree is not None})
             checkpoint.check({name: _sum_bits(x) for name, x in tensors.items()})
@@ -119,8 +129,8 @@ class Checkpoints:
     checkpoint gets its final name only when it is complete. Every process must call every method.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: PathLike, keep: int):
+        self.directory = to_path(directory)
         self._keep = keep
         self._newest: int | None = None
 
@@ -304,23 +314,23 @@ def save_params(folder: PathLike, params: Any) -> None:
     with explain_failure(folder):
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(os.path.abspath(folder), params)
+                checkpointer.save(to_path(folder), params)
         except Exception as error:  # Orbax and TensorStore raise many types.
             full = os.strerror(errno.ENOSPC) in str(error)
             raise OSError(*[errno.ENOSPC] * full, first_line(error)) from error
 
 
-def read_params(folder: pathlib.Path) -> Any:
+def read_params(folder: epath.Path) -> Any:
     """The tree of numpy arrays that `save_params` wrote, whatever devices held it."""
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute()).tree
-        return _read(folder.absolute(), tree)
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        return _read(folder, tree)
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{folder}: not a readable Orbax checkpoint ({reason})") from error
 
 
-def _read(folder: pathlib.Path, request: Any) -> Any:
+def _read(folder: epath.Path, request: Any) -> Any:
     """The tensors of `request` in the saved tree: as `ShapeDtypeStruct` leaves say, else numpy."""
 
     def how(leaf: Any) -> ocp.RestoreArgs:

@@ -1,15 +1,20 @@
 """The one writer of files: each appears complete or not at all.
 
-Paths are `etils.epath`, so that a bucket can become one more place to write to: nobody outside this
-file renames, appends or makes folders. What the system refuses (no room, no permission) is a
-`UserError` that names the path; what may pass is tried again, then a `TryAgainError`.
+A path is on disk or in a Google Cloud Storage bucket (`gs://BUCKET/...`), and `to_path` makes it:
+nobody outside this file renames, appends or makes folders. A bucket cannot append, nor rename a
+folder; but an object there appears whole: what goes there is made on disk and sent. What the system
+refuses (no room, no permission) is a `UserError` that names the path; what may pass is tried again,
+then a `TryAgainError`.
 """
 
 import contextlib
 import errno
+import functools
+import importlib.util
 import io
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +31,52 @@ PathLike = str | os.PathLike
 _PARTIAL = ".incomplete"  # holds what `complete_or_absent_folder` has not finished
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def to_path(place: PathLike) -> epath.Path:
+    """A place on disk, made absolute, or in a bucket; UserError: buckets cannot be used here."""
+    text = os.fspath(place)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    if scheme != "gs" or not rest:
+        raise UserError(f"{text}: buckets are written gs://BUCKET/FOLDER; no others are known")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: buckets need more packages: pip install 'mae_jax[gcs]'")
+    _never_remember_listings()
+    return epath.Path(text)
+
+
+@functools.cache
+def _never_remember_listings() -> None:
+    import fsspec.config
+
+    # What another process wrote is to be seen.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def in_bucket(path: PathLike) -> bool:
+    """Whether a path is in a bucket, not on disk."""
+    return os.fspath(path).startswith("gs://")
+
+
+@contextlib.contextmanager
+def local_copy(path: PathLike) -> Iterator[PathLike]:
+    """Gives a file on disk with the content of `path`: itself, or one for as long as the block."""
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, epath.Path(path).name)
+        _bucket().get_file(os.fspath(path), copy)
+        yield copy
+
+
+def _bucket() -> Any:
+    """What reads and writes whole objects."""
+    import fsspec
+
+    return fsspec.filesystem("gcs")
 
 
 @contextlib.contextmanager
@@ -68,7 +119,13 @@ def write_png(path: PathLike, pixels: np.ndarray) -> None:
 @contextlib.contextmanager
 def complete_or_absent(path: PathLike) -> Iterator[epath.Path]:
     """Gives a temporary path, whose file becomes `path` if the block ends without an error."""
-    path = epath.Path(path)
+    path = to_path(path)
+    if in_bucket(path):
+        with explain_failure(path), tempfile.TemporaryDirectory() as folder:
+            temporary = epath.Path(folder) / path.name
+            yield temporary
+            _bucket().put_file(os.fspath(temporary), os.fspath(path))
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with explain_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +142,17 @@ def complete_or_absent_folder(path: PathLike) -> Iterator[epath.Path]:
 
     Other names in `path` stay. After a kill it is `unfinished`; the next attempt starts afresh.
     """
-    path = epath.Path(path)
+    path = to_path(path)
     partial = path / _PARTIAL  # inside, as `path` may be a mounted disk of its own
+    if in_bucket(path):
+        with explain_failure(path), tempfile.TemporaryDirectory() as folder:
+            yield epath.Path(folder)
+            partial.write_text("")
+            for entry in epath.Path(folder).iterdir():
+                _remove(path / entry.name)
+                _bucket().put(os.fspath(entry), os.fspath(path / entry.name), recursive=True)
+            partial.unlink()
+        return
     with explain_failure(path):
         new = not path.exists()
         _remove(partial)
@@ -104,7 +170,7 @@ def complete_or_absent_folder(path: PathLike) -> Iterator[epath.Path]:
 
 def unfinished(path: PathLike) -> bool:
     """Whether a folder is what a killed `complete_or_absent_folder` left."""
-    return (epath.Path(path) / _PARTIAL).exists()
+    return (to_path(path) / _PARTIAL).exists()
 
 
 def _remove(path: epath.Path) -> None:
@@ -117,7 +183,11 @@ def _remove(path: epath.Path) -> None:
 @retried
 def append_line(path: PathLike, line: str) -> None:
     """Adds a line to a text file; it is with the system when this returns."""
-    with explain_failure(path), epath.Path(path).open("a") as file:
+    path = to_path(path)
+    if in_bucket(path):  # written anew: a run's metrics are a few MB
+        write_atomically(path, (path.read_bytes() if path.exists() else b"") + f"{line}\n".encode())
+        return
+    with explain_failure(path), path.open("a") as file:
         file.write(line + "\n")
 
 
@@ -125,7 +195,7 @@ def append_line(path: PathLike, line: str) -> None:
 def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a JSON file; UserError where there is none."""
     try:
-        content = json.loads(epath.Path(path).read_text())
+        content = json.loads(to_path(path).read_text())
     except (OSError, ValueError) as error:
         if is_transient(error):
             raise
@@ -138,8 +208,8 @@ def read_json(path: PathLike) -> dict[str, Any]:
 @retried
 def read_json_lines(path: PathLike) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; without those half-written, none without a file."""
-    objects = []
-    content = epath.Path(path).read_bytes() if epath.Path(path).exists() else b""
+    objects, path = [], to_path(path)
+    content = path.read_bytes() if path.exists() else b""
     for line in content.decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # a process died here
             objects.append(json.loads(line))

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from jax._src import distributed  # whose store of keys and values has no public
 
 from mae_jax import PeerError, TryAgainError, UserError
 from mae_jax.storage.claim import Claim
-from mae_jax.storage.files import explain_failure
+from mae_jax.storage.files import explain_failure, in_bucket
 
 T = TypeVar("T")
 
@@ -129,7 +128,7 @@ class Timer:
 
 @contextlib.contextmanager
 def sole_run(
-    workdir: pathlib.Path, lost: Callable[[str], None] = lambda text: None
+    workdir: epath.Path, lost: Callable[[str], None] = lambda text: None
 ) -> Iterator[Claim | None]:
     """Keeps a second run out of `workdir` for as long as the block, or the process, lives.
 
@@ -160,8 +159,10 @@ def sole_run(
             os.close(file)
 
 
-def _lock(path: pathlib.Path) -> int | None:
+def _lock(path: epath.Path) -> int | None:
     """An open file that holds the lock; None where there are no locks."""
+    if in_bucket(path):
+        return None
     with explain_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,12 +1,12 @@
 """What all tasks share."""
 
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -99,20 +99,20 @@ class BaseTask:
         """The state as it is."""
         return state
 
-    def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
+    def inputs(self, data: Splits, state: TrainState, workdir: epath.Path) -> Any:
         """The data as they are."""
         return data
 
-    def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
+    def draw_inputs(self, data: Splits, workdir: epath.Path) -> None:
         """Nothing to see."""
 
     def actions(
-        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: epath.Path
     ) -> list[Action]:
         """Nothing beside evaluating and saving."""
         return []
 
-    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+    def export(self, state: TrainState, directory: epath.Path, facts: dict[str, Any]) -> None:
         """Writes encoder and head of a host-side `state` for others to load, with a card."""
         export_encoder(state.weights, directory, self.spec, facts)
 

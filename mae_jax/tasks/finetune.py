@@ -1,13 +1,13 @@
 """Fine-tuning, partial or whole, and training from scratch (paper tables 9, 11, section 4.3)."""
 
 import math
-import pathlib
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -130,12 +130,12 @@ class Finetune(BaseTask):
         """Softmax over classes [B, classes] of images [B, H, W, C] uint8."""
         return jax.nn.softmax(self.logits(state, images))
 
-    def draw_inputs(self, data: Splits, workdir: pathlib.Path) -> None:
+    def draw_inputs(self, data: Splits, workdir: epath.Path) -> None:
         """Training images as the model sees them."""
         draw_augmentations(self, data, workdir / "augmentations.png")
 
     def actions(
-        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: epath.Path
     ) -> list[Action]:
         """Pictures of predictions."""
         pictures = draw_predictions(self, data, config.pictures.count, workdir / "predictions")

@@ -1,6 +1,5 @@
 """Linear probing: a linear classifier on frozen features (paper appendix A.1, table 10)."""
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -123,13 +123,13 @@ class LinearProbe(BaseTask):
         head = absorb_batch_norm(state.params["head"], state.extra["statistics"])
         return classification_sums(linear_head(head, x), batch["label"], batch["weight"])
 
-    def inputs(self, data: Splits, state: TrainState, workdir: pathlib.Path) -> Any:
+    def inputs(self, data: Splits, state: TrainState, workdir: epath.Path) -> Any:
         """Where batches come from: the pixels, or features computed once from them."""
         if not self.cached:
             return data
         return CachedFeatures(self, data, state.frozen, workdir / "features")
 
-    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+    def export(self, state: TrainState, directory: epath.Path, facts: dict[str, Any]) -> None:
         """As for any task, batch norm absorbed into the head."""
         weights = jax.tree.map(np.asarray, probe_params(state.weights, state.extra["statistics"]))
         export_encoder(weights, directory, self.spec, facts)

@@ -1,10 +1,10 @@
 """The pretraining task: what a step of masked autoencoding does (paper section 3, table 8)."""
 
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -99,7 +99,7 @@ class Pretrain(BaseTask):
         return self.model.apply({"params": params}, x, method="encode")
 
     def actions(
-        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: pathlib.Path
+        self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: epath.Path
     ) -> list[Action]:
         """Pictures of reconstructions, and the probe where one is asked for."""
         folder = workdir / "reconstructions"

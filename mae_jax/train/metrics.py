@@ -3,12 +3,17 @@
 import importlib.util
 import json
 import math
-import pathlib
 
 import jax
 from absl import logging
 
-from mae_jax.storage.files import append_line, read_json_lines, write_atomically
+from mae_jax.storage.files import (
+    PathLike,
+    append_line,
+    read_json_lines,
+    to_path,
+    write_atomically,
+)
 
 
 class MetricsWriter:
@@ -18,11 +23,11 @@ class MetricsWriter:
     lines (of steps that will run again) and a half-written last line.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, start_step: int):
+    def __init__(self, workdir: PathLike, start_step: int):
         self._path = self._tensorboard = None
         if jax.process_index() != 0:
             return
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._path = to_path(workdir) / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if importlib.util.find_spec("tensorflow") is None:
@@ -52,12 +57,12 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict]:
+def read_metrics(path: PathLike) -> list[dict]:
     """The complete lines of a metrics file; none where there is no file."""
     return [line for line in read_json_lines(path) if "step" in line]
 
 
-def evaluation_at(workdir: str | pathlib.Path, step: int) -> dict | None:
+def evaluation_at(workdir: PathLike, step: int) -> dict | None:
     """The newest line of an evaluation after `step` steps."""
-    lines = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+    lines = read_metrics(to_path(workdir) / "metrics.jsonl")
     return next((x for x in reversed(lines) if x["step"] == step and "eval/examples" in x), None)

@@ -1,11 +1,11 @@
 """What the trainer, evaluators and pictures ask of a task."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from mae_jax.data.record import ArraySpec
@@ -40,16 +40,16 @@ class Task(Protocol):
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
         """Sums over batch number `index`, each example times its "weight" [B], with their count."""
 
-    def inputs(self, data: Any, state: TrainState, workdir: pathlib.Path) -> Any:
+    def inputs(self, data: Any, state: TrainState, workdir: epath.Path) -> Any:
         """Where batches come from: `data`, unless the task makes something of it first."""
 
-    def draw_inputs(self, data: Any, workdir: pathlib.Path) -> None:
+    def draw_inputs(self, data: Any, workdir: epath.Path) -> None:
         """Pictures of what training starts with, where there is something to see; once a run."""
 
-    def actions(self, config: Any, data: Any, writer: Any, workdir: pathlib.Path) -> list[Action]:
+    def actions(self, config: Any, data: Any, writer: Any, workdir: epath.Path) -> list[Action]:
         """What to do at intervals beside evaluating and saving."""
 
-    def export(self, state: TrainState, directory: pathlib.Path, facts: dict[str, Any]) -> None:
+    def export(self, state: TrainState, directory: epath.Path, facts: dict[str, Any]) -> None:
         """Writes the trained model of a host-side `state` for others to load."""
 
 
