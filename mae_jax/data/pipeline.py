@@ -23,14 +23,15 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from absl import logging
-from grain.experimental import index_shuffle
 
 from mae_jax import UserError
+from mae_jax.data.order import WindowReader, Windows, example_index
 from mae_jax.data.record import ArraySpec, DecodeError, LabelError, Record, Source
 
 CROP_STREAM = 0x63726F70  # "crop": sets the crops' random numbers apart from any other use of seed
 ROWS_PER_TASK = 8  # rows a thread takes at once; a task costs about 30 us, a row 3 ms
 ROWS_PER_WORKER_TASK = 32  # rows a thread of a worker process; a task costs about 200 us
+READ_IN_ORDER = 64  # records read at once where they are used in their order
 ALIGNMENT = 64  # bytes, of arrays in shared memory
 SECONDS_AFTER_SIGTERM = 600  # that a worker goes on, unless its parent ends before
 
@@ -46,18 +47,6 @@ class Transform(Protocol):
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Mapping[str, np.ndarray]:
         """Returns an array for each entry of the schema; raises DecodeError naming the record."""
-
-
-def example_index(seed: int, g: int, n: int) -> int:
-    """Record that training example ``g`` is, in a dataset of ``n`` records: shuffled by epoch."""
-    epoch, place = divmod(g, n)
-    return index_shuffle(place, max_index=n - 1, seed=_shuffle_seed(seed, epoch), rounds=4)
-
-
-@functools.lru_cache(maxsize=16)  # one epoch's seed serves all its examples
-def _shuffle_seed(seed: int, epoch: int) -> int:
-    # NumPy promises SeedSequence never changes; index_shuffle wants 32 bits.
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 def example_rng(seed: int, g: int) -> np.random.Generator:
@@ -79,6 +68,7 @@ def train_batches(
     prefetch: int = 2,
     bad_records: str = "stop",
     classes: int | None = None,
+    windows: Windows | None = None,
 ) -> "Batches":
     """Batches of steps ``start_step`` to ``end_step``: this process's rows of the global batch.
 
@@ -94,8 +84,18 @@ def train_batches(
       bad_records: ``stop`` raises DecodeError; ``skip`` takes the next record that can be decoded,
         counts the row in ``Batches.skipped`` and logs the record's name once.
       classes: labels are to lie in [0, classes), or LabelError stops the run; None takes any.
+      windows: the order, and many records at a read, in place of a shuffle of all records.
     """
-    builder = _Builder(source, transform, batch_size, positions, bad_records, classes, seed)
+    if hasattr(source, "read") and (seed is None or windows is not None):
+        if seed is None:  # in order: a worker's rows of a batch lie side by side
+            size = max(1, min(READ_IN_ORDER, len(positions) // max(1, workers)))
+            in_use = (prefetch + 1) * (len(positions) // size + 2)
+        else:
+            size, in_use = windows.size, windows.in_use(positions, batch_size)
+        source = WindowReader(source, size, -(-in_use // max(1, workers)))
+    builder = _Builder(
+        source, transform, batch_size, positions, bad_records, classes, seed, windows
+    )
     steps = range(start_step, sys.maxsize if end_step is None else end_step)
     return Batches(builder, steps, workers, threads, prefetch)
 
@@ -125,6 +125,7 @@ class _Builder:
     bad_records: str
     classes: int | None
     seed: int | None  # None: evaluation, records in order
+    windows: Windows | None
 
     def __post_init__(self) -> None:
         places, most = self.positions, self.batch_size
@@ -156,7 +157,10 @@ class _Builder:
         if self.seed is None:
             indices = range(n)[g : g + 1]  # empty: padding
         else:
-            first = example_index(self.seed, g, n)
+            if self.windows is None:
+                first = example_index(self.seed, g, n)
+            else:
+                first = self.windows.index(self.seed, g, n, self.batch_size)
             indices = ((first + i) % n for i in range(n))
         for i, index in enumerate(indices):
             try:
@@ -199,15 +203,22 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
         rows = len(builder.positions)
         if self._shared:
             task = max(1, min(ROWS_PER_WORKER_TASK * threads, rows // workers))
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                workers,
-                multiprocessing.get_context("spawn"),  # a fork would take JAX's threads along
-                initializer=_start_worker,
-                initargs=(builder, threads),
-            )
+            # Whoever keeps windows must get the rows of the same lanes each time.
+            sticky = isinstance(builder.source, WindowReader)
+            pools, each = (workers, 1) if sticky else (1, workers)
+            self._executors = [
+                concurrent.futures.ProcessPoolExecutor(
+                    each,
+                    multiprocessing.get_context("spawn"),  # a fork would take JAX's threads along
+                    initializer=_start_worker,
+                    initargs=(builder, threads),
+                )
+                for _ in range(pools)
+            ]
         else:
             task = max(1, min(ROWS_PER_TASK, rows // (2 * threads)))
-            self._executor = concurrent.futures.ThreadPoolExecutor(threads, "mae-jax-decode")
+            threads_of_this = concurrent.futures.ThreadPoolExecutor(threads, "mae-jax-decode")
+            self._executors = [threads_of_this]
         self._tasks = [range(i, min(i + task, rows)) for i in range(0, rows, task)]
         # Of batches under way: arrays, messages about their rows to come, file of shared memory.
         self._pending: collections.deque[tuple[dict, list, IO | None]] = collections.deque()
@@ -227,7 +238,11 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
                 rows, schema = len(self._builder.positions), self._builder.schema
                 batch = {k: np.zeros((rows, *s.shape), s.dtype) for k, s in schema.items()}
                 fill = functools.partial(self._builder.fill, batch)
-            futures = [self._executor.submit(fill, step, task) for task in self._tasks]
+            shares = len(self._executors) / len(self._builder.positions)
+            futures = [
+                self._executors[int(task.start * shares)].submit(fill, step, task)
+                for task in self._tasks
+            ]
             self._pending.append((batch, futures, file))
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -248,10 +263,11 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
     def close(self) -> None:
         """Ends threads and worker processes; safe to call twice."""
         # When a worker dies the executor sends the others SIGTERM, at which they go on.
-        if self._shared and self._executor._broken:
-            for worker in (self._executor._processes or {}).values():
-                worker.kill()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for executor in self._executors:
+            if self._shared and executor._broken:
+                for worker in (executor._processes or {}).values():
+                    worker.kill()
+            executor.shutdown(wait=True, cancel_futures=True)
         while self._pending:
             if (file := self._pending.pop()[2]) is not None:
                 file.close()

@@ -41,6 +41,8 @@ class Record:
 class Source(Protocol):
     """Random access to the records of one split. Picklable; files are opened on first use.
 
+    Where that is cheaper, ``read(start, stop)`` gives many records at once, {index: Record}, and
+    leaves out those that are damaged.
     ``name``, ``split``: as given to `open_source`. ``num_classes`` and ``class_names`` are None
     where the dataset has no labels, or no names for them. Any number of threads may read at once.
     """
@@ -72,6 +74,14 @@ class Selection:
 
     def __getitem__(self, index: int) -> Record:
         return self.source[int(self.indices[index])]
+
+    def read(self, start: int, stop: int) -> dict[int, Record]:
+        """As `Source.read`, where the records lie side by side in the source."""
+        own = self.indices[start:stop]
+        if not hasattr(self.source, "read") or (np.diff(own) != 1).any():
+            return {}
+        found = self.source.read(int(own[0]), int(own[-1]) + 1)
+        return {start + index - int(own[0]): record for index, record in found.items()}
 
 
 def files_identity(paths: Iterable[str]) -> str:

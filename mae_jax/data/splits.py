@@ -9,6 +9,7 @@ import numpy as np
 
 from mae_jax import UserError
 from mae_jax.data import pipeline
+from mae_jax.data.order import Windows
 from mae_jax.data.record import DecodeError, Selection, Source
 from mae_jax.data.transforms import EvalTransform
 
@@ -28,6 +29,7 @@ class Splits:
     workers: int = 0  # for training
     threads: int = 0
     prefetch: int = 2
+    windows: Windows | None = None
 
     def train_batches(
         self, positions: np.ndarray, start_step: int, end_step: int
@@ -35,6 +37,7 @@ class Splits:
         """This process's rows of the batches of steps `start_step` to `end_step`."""
         options = {"seed": self.seed, "batch_size": self.batch_size, "positions": positions}
         options |= {"start_step": start_step, "end_step": end_step, "workers": self.workers}
+        options["windows"] = self.windows
         return pipeline.train_batches(self.train, self.train_transform, **options, **self.loading)
 
     def eval_batches(self, positions: np.ndarray, batch_size: int) -> pipeline.Batches:

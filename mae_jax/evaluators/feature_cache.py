@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 import mae_jax
-from mae_jax.data.pipeline import example_index
+from mae_jax.data.order import example_index
 from mae_jax.data.sources import Source
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.sharding import state_sharding

@@ -9,7 +9,8 @@ import numpy as np
 from absl import logging
 
 from mae_jax import UserError
-from mae_jax.data.pipeline import eval_batches, example_index
+from mae_jax.data.order import example_index
+from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.record import ArraySpec, DecodeError, Selection
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
+from mae_jax.data.order import Windows
 from mae_jax.data.randaugment import parse_randaugment
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes
@@ -40,5 +41,6 @@ def open_splits(config: ConfigDict) -> Splits:
         seed=config.seed,
         batch_size=config.batch_size,
         classes=classes,
+        windows=Windows(data.window, data.pool) if data.order == "windowed" else None,
         **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch")},
     )

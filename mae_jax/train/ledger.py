@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mae_jax import UserError
-from mae_jax.storage.files import PathLike, read_json, write_json
+from mae_jax.storage.files import PathLike, read_json, to_path, write_json
 from mae_jax.train.metrics import read_metrics
 
 FILE = "time.json"
@@ -92,7 +92,7 @@ class Ledger:
         self.step, self._total_steps = step, total_steps
         if jax.process_index() != 0:
             return
-        self._path = epath.Path(workdir) / FILE
+        self._path = to_path(workdir) / FILE
         try:
             before = read_times(workdir)
         except UserError as error:
@@ -129,13 +129,13 @@ class Ledger:
 
 def read_times(workdir: PathLike) -> dict[str, Any] | None:
     """The `Ledger.record` that a run keeps in its workdir, None where there is none."""
-    path = epath.Path(workdir) / FILE
+    path = to_path(workdir) / FILE
     return read_json(path) if path.exists() else None
 
 
 def step_seconds(workdir: PathLike) -> float | None:
     """A step's usual time: the median over log intervals, without waiting for data."""
-    lines = read_metrics(epath.Path(workdir) / "metrics.jsonl")
+    lines = read_metrics(to_path(workdir) / "metrics.jsonl")
     paces = [
         line["train/seconds_per_step"] * (1 - line["train/data_wait"])
         for line in lines
