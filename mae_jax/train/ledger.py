@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
 from mae_jax import UserError
