@@ -20,6 +20,7 @@ from contextlib import closing
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
@@ -58,7 +59,7 @@ from mae_jax.storage.processes import (
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
-from mae_jax.train.loop import Action, train
+from mae_jax.train.loop import Action, Totals, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.programs import compile_ahead, keep_compiled
 from mae_jax.train.progress import with_clock
@@ -121,13 +122,13 @@ def carry_out(
         fate.before_leaving(starts.end)
     try:
         with ledger.during("restore"):
-            state, seconds_before, due = restore_or_begin(setup, checkpoints)
+            state, record = restore_or_begin(setup, checkpoints)
         in_process_0(starts.begin, int(state.step))
-        started -= seconds_before
+        started -= record.get("elapsed_seconds", 0.0)
         if int(state.step) < setup.task.total_steps:  # one that ended is not away
             ledger.resume(setup.workdir, int(state.step), setup.task.total_steps)
         state, steps, stopped = train_and_evaluate(
-            setup, state, checkpoints, started, ledger, due, claim
+            setup, state, record, checkpoints, started, ledger, claim
         )
         with ledger.during("save"):
             checkpoints.wait()
@@ -192,16 +193,13 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
 
-def restore_or_begin(
-    setup: Setup, checkpoints: Checkpoints
-) -> tuple[TrainState, float, Sequence[str]]:
-    """The state to go on from, the seconds that it took, and what is still to be done with it."""
+def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and what was recorded with it: nothing of a new run."""
     config, task = setup.config, setup.task
     check = functools.partial(check_fits, config=config, data=setup.data)
     restored = checkpoints.restore_newest(setup.abstract, check, task.fixed_positions)
     if restored is not None:
         state, record = restored
-        seconds, due = record["elapsed_seconds"], record.get("due", ())
         logging.info("continuing from the checkpoint of step %d", int(state.step))
     else:
         steps = [line["step"] for line in read_metrics(setup.workdir / "metrics.jsonl")]
@@ -216,36 +214,40 @@ def restore_or_begin(
             weights, report = in_every_process(load)
             logging.info("%s", report)
             state = state.with_weights(mesh_lib.place(weights, shardings_of(state.weights)))
-        seconds, due = 0.0, ()
+        record = {}
     text = config.to_json(indent=2, sort_keys=True) + "\n"
     in_process_0(write_atomically, setup.workdir / "config.json", text)
-    return state, seconds, due
+    return state, record
 
 
 def train_and_evaluate(
     setup: Setup,
     state: TrainState,
+    before: dict[str, Any],
     checkpoints: Checkpoints,
     started: float,
     ledger: Ledger,
-    due: Sequence[str],
     claim: Claim | None,
 ) -> tuple[TrainState, int, bool]:
     """Trains from where `state` is, evaluating and saving; as `train.loop.train`.
 
-    `due`: actions that a stop kept from being done with `state`.
+    `before`: what was recorded with `state`, if it was saved.
     """
     config, data, task, mesh = setup.config, setup.data, setup.task, setup.mesh
     start_step, total_steps = int(state.step), setup.task.total_steps
 
+    # What a stop kept from being done with the state, and its unfinished log interval.
+    due, begun = before.get("due", ()), None
+    if "interval" in before:
+        sums = {name: np.float32(x) for name, x in before["interval"]["sums"].items()}
+        begun = Totals(sums, np.int32(before["interval"]["steps"]), np.int32(-1))
     timer = Timer(config.checkpoint.minutes)
 
-    def save(step: int, state: TrainState, due: Sequence[str] = ()) -> None:
+    def save(step: int, state: TrainState, **more: Any) -> None:
         if claim is not None:
             claim.require()  # this process may have been frozen, and its workdir taken over
         timer.restart()
         record = {
-            "due": [phase for phase in due if phase != "save"],
             "config": config.to_dict(),
             "model": task.spec.to_json(),
             "seed": config.seed,
@@ -253,7 +255,12 @@ def train_and_evaluate(
             "elapsed_seconds": time.time() - started,
             "version": mae_jax.__version__,
         }
-        checkpoints.save(step, state, record)
+        checkpoints.save(step, state, record | more)
+
+    def save_and_stop(step: int, state: TrainState, due: list[str], totals: Totals) -> None:
+        sums = {name: float(total) for name, total in totals.sums.items()}
+        interval = {"sums": sums, "steps": int(totals.count)}
+        save(step, state, due=[phase for phase in due if phase != "save"], interval=interval)
 
     with closing(MetricsWriter(setup.workdir, start_step)) as writer:
         with ledger.during("features"):
@@ -305,8 +312,9 @@ def train_and_evaluate(
                 report=Reporter(task, mesh, writer, len(data.train), host_batches, ledger),
                 actions=actions,
                 stop_requested=stopping.poll,
-                on_stop=save,
+                on_stop=save_and_stop,
                 ledger=ledger,
+                begun=begun,
             )
 
 

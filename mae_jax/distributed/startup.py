@@ -54,8 +54,9 @@ def _join(**arguments: Any) -> None:
             jax.distributed.initialize(**arguments, **timeouts)
         except RuntimeError as error:
             told = f"the processes of the run did not find each other in {SECONDS_TO_COME} s"
-            reason = " ".join(str(error).split())[:300]
-            fate.leave(fate.LOST, f"error: {told} ({reason})")
+            remedy = "see that all were started and reach process 0"
+            reason = " ".join(str(error).split())[:300].replace("std::bad_cast", remedy)
+            fate.leave(fate.LOST, f"error: {told}: {reason}")
     state = distributed.global_state
     fate.watch(state.client, state.process_id, state.num_processes, state.coordinator_address)
 

@@ -54,7 +54,7 @@ class Interval(NamedTuple):
     """One log interval: mean metrics of its steps, seconds they took without actions."""
 
     metrics: dict[str, float]
-    steps: int
+    steps: int  # that took `seconds`: those since a start in the middle
     step: int
     seconds: float
     data_seconds: float  # of these, in which devices waited for data
@@ -73,8 +73,9 @@ def train(
     report: Callable[[Interval], str],
     actions: Sequence[Action],
     stop_requested: Callable[[], bool],
-    on_stop: Callable[[int, TrainState, list[str]], None],
+    on_stop: Callable[[int, TrainState, list[str], Totals], None],
     ledger: Ledger,
+    begun: Totals | None = None,
 ) -> tuple[TrainState, int, bool]:
     """Steps `start_step` to `total_steps`: the state, the steps done, and whether it was stopped.
 
@@ -87,13 +88,16 @@ def train(
       actions: run in order after a step, after a check for NaN: no broken state is ever saved.
       stop_requested: asked after every step; True ends the run, as an action does that raises
         StoppedError.
-      on_stop: called in that case with the state to save and the phases of actions still due.
+      on_stop: called in that case with the state to save, the phases of actions still due, and
+        what the unfinished log interval has summed.
       ledger: counts steps and their time, that of actions by their phase, and of waiting for
         batches while devices have nothing to do.
+      begun: what `on_stop` was given, where the run was stopped before.
     """
     previous: jax.Array | None = None
-    pending: tuple[Totals, int, float, float] | None = None
-    totals = place_totals(zero_totals(metric_names))
+    pending: tuple[Totals, int, int, float, float] | None = None
+    totals = place_totals(begun or zero_totals(metric_names))
+    newest = start_step  # that was reported, or was there before
 
     def spent() -> tuple[float, float]:
         """Seconds so far without actions, and of them those of waiting for data."""
@@ -109,12 +113,12 @@ def train(
     def flush() -> None:
         nonlocal pending
         if pending is not None:
-            finished, *times = jax.device_get(pending)
+            finished, *facts = jax.device_get(pending)
             _check_finite(finished)
             count = int(finished.count)
             means = {name: float(total) / count for name, total in finished.sums.items()}
-            interval = Interval(means, count, *times)
-            bar.show(report(interval), interval.step, interval.seconds / count)
+            interval = Interval(means, *facts)
+            bar.show(report(interval), interval.step, interval.seconds / interval.steps)
             pending = None
 
     with Progress(start_step, total_steps) as bar, ledger.during("step"):
@@ -136,8 +140,8 @@ def train(
                 flush()
                 jax.tree.map(lambda x: x.copy_to_host_async(), totals)
                 now = spent()
-                pending = (totals, done, now[0] - start[0], now[1] - start[1])
-                start = now
+                pending = totals, done - newest, done, now[0] - start[0], now[1] - start[1]
+                start, newest = now, done
                 totals = place_totals(zero_totals(metric_names))
 
             wanted = {x.phase for x in actions if x.also and done % log_every == 0 and x.also()}
@@ -160,7 +164,7 @@ def train(
                     stopped = True
             if stopped:
                 with ledger.during("save"):
-                    on_stop(done, state, [action.phase for action in due])
+                    on_stop(done, state, [x.phase for x in due], jax.device_get(totals))
                 return state, done, True
         flush()
     return state, total_steps, False

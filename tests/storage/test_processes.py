@@ -17,11 +17,11 @@ from program import ROOT, environment
 from mae_jax import TryAgainError, UserError
 from mae_jax.storage import claim, retry
 from mae_jax.storage.files import write_atomically
-from mae_jax.storage.processes import sole_run
+from mae_jax.storage.processes import Timer, sole_run
 
 HOLDER = """
 import pathlib, sys, time
-from mae_jax.storage.processes import sole_run
+from mae_jax.storage.processes import Timer, sole_run
 with sole_run(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(300)
@@ -203,3 +203,14 @@ def test_a_file_on_storage_that_does_not_answer_is_no_fault_of_the_user(tmp_path
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", failing)
     with pytest.raises(TryAgainError, match=r"metrics.*Input/output error"):
         write_atomically(tmp_path / "metrics", "1")
+
+
+def test_a_timer_is_over_after_its_minutes_and_starts_again(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    timer = Timer(minutes=2)
+    assert not timer.is_over()
+    now[0] += 120
+    assert timer.is_over()
+    timer.restart()
+    assert not timer.is_over()

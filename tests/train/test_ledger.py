@@ -122,7 +122,7 @@ def test_the_loop_tells_steps_waiting_and_actions_apart(clock):
         report=lambda interval: intervals.append(interval) or "",
         actions=[Action("evaluation", 2, lambda step, state: clock(100))],
         stop_requested=lambda: False,
-        on_stop=lambda step, state: None,
+        on_stop=lambda *_: None,
         ledger=ledger,
     )
     assert ledger.seconds["evaluation"] == 200

@@ -10,8 +10,10 @@ from mae_jax.distributed.stopping import StoppedError
 from mae_jax.train.ledger import Ledger
 from mae_jax.train.loop import Action, add_totals, train
 
+handed_over = []  # the sums of unfinished intervals
 
-def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
+
+def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None, begun=None):
     """Trains a state that is a step counter; step i reports losses[i]."""
     intervals, stopped, polls = [], [], itertools.count(start + 1)
 
@@ -35,8 +37,12 @@ def run(losses, *, start=0, log_every=2, actions=(), stop_at=None, total=None):
         report=report,
         actions=actions,
         stop_requested=lambda: next(polls) == stop_at,
-        on_stop=lambda step, state, due: stopped.append((step, int(state), due)),
+        on_stop=lambda step, state, due, totals: (
+            stopped.append((step, int(state), due)),
+            handed_over.append(totals),
+        ),
         ledger=Ledger("start"),
+        begun=begun,
     )
     return int(state), done, intervals, stopped
 
@@ -107,3 +113,23 @@ def test_a_stop_hands_over_what_was_still_to_be_done(stop_at):
 def test_a_run_continued_in_the_middle_draws_the_batches_from_there():
     _, _, intervals, _ = run([1, 2, 3, 4, 5, 6], start=3)
     assert [(i.step, i.metrics["loss"]) for i in intervals] == [(4, 4.0), (6, 5.5)]
+
+
+def test_an_interval_that_a_stop_cut_in_two_is_reported_as_if_it_was_whole():
+    run([1, 2, 3, 4, 5, 6, 7, 8], log_every=4, stop_at=6)
+    begun = handed_over.pop()
+    assert (int(begun.count), float(begun.sums["loss"])) == (2, 5 + 6)
+    _, _, intervals, _ = run([1, 2, 3, 4, 5, 6, 7, 8], log_every=4, start=6, begun=begun)
+    assert [(i.step, i.steps, i.metrics["loss"]) for i in intervals] == [(8, 2, 6.5)]
+
+
+def test_an_action_may_be_due_by_the_clock_which_is_asked_at_log_intervals():
+    asked, saved = [], []
+
+    def over():
+        asked.append(True)
+        return len(asked) == 2
+
+    action = Action("save", 0, lambda step, _: saved.append(step), also=over)
+    run([0.0] * 9, log_every=3, actions=[action])
+    assert (len(asked), saved) == (3, [6, 9])
