@@ -95,7 +95,7 @@ def test_what_may_go_better_is_started_again_on_the_same_machines(fake, tmp_path
         assert f"exit status {status}: restart {restart}" in done.stdout
 
 
-@pytest.mark.parametrize("status", [1, 2])
+@pytest.mark.parametrize("status", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_is_final_ends_the_loop_with_its_status(fake, tmp_path, status):
     done, calls = fake(["kept"], [status])
     assert done.returncode == status
@@ -118,6 +118,7 @@ def test_a_refusal_that_waiting_does_not_mend_ends_it(fake):
     assert "PERMISSION_DENIED" in done.stdout
 
 
+@pytest.mark.slow
 def test_machines_that_stop_answering_are_given_back(fake, tmp_path):
     done, calls = fake(["unreachable", "kept"], ["wait", 0])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,6 +126,7 @@ def test_machines_that_stop_answering_are_given_back(fake, tmp_path):
     assert starts(tmp_path) == [2, 2]
 
 
+@pytest.mark.slow
 def test_restarts_are_counted(fake, tmp_path):
     done, calls = fake(["kept"], [134] * 9, "--restarts=2")
     assert done.returncode == 1
@@ -133,6 +135,7 @@ def test_restarts_are_counted(fake, tmp_path):
     assert calls[-1] == "delete"
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_pod(fake, tmp_path):
     done, calls = fake(["kept"], [2], "--keep")
     assert done.returncode == 2
