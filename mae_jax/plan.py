@@ -38,8 +38,8 @@ from mae_jax.distributed.sharding import abstract_state, bytes_per_device
 from mae_jax.planning import bundles, cost, program
 from mae_jax.planning.chips import PRICES_OF, Chip, Pod, parse_pod
 from mae_jax.planning.figures import Layout, Plan, out_of_memory
-from mae_jax.planning.search import cheapest, modelled, order, resized, search
-from mae_jax.planning.table import compared, describe, needs
+from mae_jax.planning.search import cheapest, modelled, order, resized, search, spent
+from mae_jax.planning.table import amount, compared, describe, needs
 from mae_jax.tasks import create_task
 from mae_jax.train.progress import with_clock
 from mae_jax.train.step import lower_step
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plans = [planner.count(plans[0], [token for token in argv if token != "--bundles"])]
     several = bool(arguments.compare or arguments.search)
     best = (arguments.compare and cheapest(plans)) or plans[0]
-    reason = _reason(best, plans) if several else ""
+    reason = _reason(best, plans, bool(arguments.search)) if several else ""
     if arguments.json:
         what = {"plans": [plan.as_json() for plan in plans], "reason": reason} if several else {}
         print(json.dumps(best.as_json() | what))
@@ -216,15 +216,21 @@ class Planner:
         return plans
 
 
-def _reason(best: Plan, plans: Sequence[Plan]) -> str:
-    fitting = [plan for plan in plans if plan.fits]
-    if not fitting:
+def _reason(best: Plan, plans: Sequence[Plan], one_pod: bool) -> str:
+    """Why `best` is recommended: of one pod the shortest run, of several the cheapest."""
+    if not best.fits:
         return "none of these fits"
-    several = len({plan.pod for plan in fitting}) > 1
-    if best.price is not None:
-        return f"recommended: {best.pod.name}, the least dollars of those that fit"
-    why = "the shortest run of those that fit" if several else "the only one that fits"
-    return f"recommended: {best.pod.name}, {best.layout}: {why}; --price weighs what they cost"
+    chosen = f"recommended: {best.pod.name}, {best.layout}"
+    if one_pod:
+        least = min((plan for plan in plans if plan.fits), key=lambda plan: plan.chip_hours)
+        return (
+            f"{chosen}: the shortest run there, {amount(best.hours)} h; the fewest chip-hours, "
+            f"{amount(least.chip_hours)}, has {least.pod.name} with {least.layout}"
+        )
+    if best.price is None:
+        hours = amount(best.hours_with_data)
+        return f"{chosen}: the shortest run, {hours} h; --price weighs what they cost"
+    return f"{chosen}: the least dollars, {amount(spent(best))}, of those that fit and have a price"
 
 
 def _at_least_one(text: str) -> int:

@@ -10,6 +10,7 @@ from mae_jax.distributed.mesh import make_mesh
 from mae_jax.planning.chips import parse_pod
 from mae_jax.tasks import create_task
 from mae_jax.train.step import lower_step
+from tests.planning.plans import plan as made
 
 TINY = ["--config=quickstart"]
 TINY += [
@@ -135,3 +136,23 @@ def test_pods_side_by_side_compile_once_for_as_many_images_on_a_chip(capsys, mon
     assert any(one["over"] == "dcn" for one in plans["2xv5e-4"]["collectives"])
     assert figures["topology"] == min(plans.values(), key=lambda one: one["dollars"])["topology"]
     assert figures["topology"] in figures["reason"]
+
+
+@pytest.mark.parametrize(("peak", "status"), [(10.0, 0), (99.0, 3)])
+def test_a_search_ends_with_its_best_plan(monkeypatch, capsys, peak, status):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+
+    def compile_(self, layout, pod):
+        return made(pod.name, layout, peak=peak, compute=0.2 + 0.1 / layout.fsdp)
+
+    monkeypatch.setattr(plan.Planner, "compile", compile_)
+    options = ["--config.batch_size=4096", "--topology=v5e-256", "--search"]
+    assert plan.main([*TINY, *options, "--json"]) == status
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["fits"] is (status == 0)
+    assert figures == figures["plans"][0] | {k: figures[k] for k in ("plans", "reason")}
+    assert figures["topology"] == "v5e-256"
+    assert figures["fsdp"] == (256 if status == 0 else 1)
+    assert ("shortest run" if status == 0 else "none") in figures["reason"]
+    assert plan.main([*TINY, *options]) == status
+    assert "v5e-256" in capsys.readouterr().out

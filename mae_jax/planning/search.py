@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.planning import cost
-from mae_jax.planning.chips import GIB, Pod, products
+from mae_jax.planning.chips import Pod, products
 from mae_jax.planning.figures import Layout, Plan, advice
 from mae_jax.planning.program import Collective, Program
 
@@ -100,7 +100,7 @@ def search(base: Layout, pod: Pod, compiled: Callable[[Layout, Pod], Plan]) -> l
 
 def order(plan: Plan) -> tuple[bool, float]:
     """Sorts plans: those that fit first, the shortest run first; else what lacks least memory."""
-    return not plan.fits, plan.hours_with_data if plan.fits else plan.peak_bytes / GIB
+    return not plan.fits, plan.hours_with_data if plan.fits else plan.peak_bytes
 
 
 def cheapest(plans: Sequence[Plan]) -> Plan | None:

@@ -77,15 +77,15 @@ def _exchange(plan: Plan) -> list[str]:
 
 
 def _schedule(plan: Plan) -> list[str]:
-    seconds = f"{1e3 * plan.hidden:.1f} to {1e3 * plan.exposed:.1f} ms"
+    seconds = f"{amount(1e3 * plan.hidden)} to {amount(1e3 * plan.exposed)} ms"
     rows = [
         f"{seconds} a step (exchange hidden behind compute, or not); MFU {plan.mfu:.1%}",
-        f"{plan.steps:,} steps: {_amount(plan.hours)} h, {_amount(plan.chip_hours)} chip-hours; "
+        f"{plan.steps:,} steps: {amount(plan.hours)} h, {amount(plan.chip_hours)} chip-hours; "
         "starts, evaluation, saving, waiting and repeated steps come on top",
     ]
     if plan.dollars is not None:
         rows.append(
-            f"${_amount(plan.dollars)} at ${plan.price:g} a chip-hour ({plan.price_source}): "
+            f"${amount(plan.dollars)} at ${plan.price:g} a chip-hour ({plan.price_source}): "
             "an estimate, no offer"
         )
     return ["", *_section("estimate", *rows)]
@@ -94,12 +94,12 @@ def _schedule(plan: Plan) -> list[str]:
 def _data(plan: Plan) -> list[str]:
     need, have = plan.cores_needed_per_host, plan.cores_per_host
     rows = [
-        f"each host decodes {plan.images_per_second_per_host:,.0f} images/s: {_amount(need)} of "
+        f"each host decodes {plan.images_per_second_per_host:,.0f} images/s: {amount(need)} of "
         f"its {have:.0f} cores at {plan.decode_ms:g} CPU-ms an image (measure yours: `bench data`)"
     ]
     if plan.starves:
         rows.append(
-            f"too few: the devices wait, {_amount(plan.hours_with_data)} h in all; "
+            f"too few: the devices wait, {amount(plan.hours_with_data)} h in all; "
             "try --config.data.resize=fast, or slower chips"
         )
     elif need > TIGHT * have:
@@ -120,11 +120,14 @@ def compared(plans: Iterable[Plan]) -> str:
         row = [plan.pod.name + " *" * bool(plan.modelled_from), str(layout.images), layout.remat]
         row += [str(layout.fsdp), str(layout.accumulate), f"{peak:.1f} of {room:.1f}"]
         if plan.fits:
-            dollars = "-" if plan.dollars is None else _amount(plan.dollars)
-            row += [f"{1e3 * plan.hidden:.1f} to {1e3 * plan.exposed:.1f}", f"{plan.mfu:.1%}"]
-            row += [_amount(plan.hours), _amount(plan.chip_hours), *[dollars] * priced]
+            dollars = "-" if plan.dollars is None else amount(plan.dollars)
             row += [
-                f"{_amount(plan.cores_needed_per_host)} of {plan.cores_per_host:.0f}"
+                f"{amount(1e3 * plan.hidden)} to {amount(1e3 * plan.exposed)}",
+                f"{plan.mfu:.1%}",
+            ]
+            row += [amount(plan.hours), amount(plan.chip_hours), *[dollars] * priced]
+            row += [
+                f"{amount(plan.cores_needed_per_host)} of {plan.cores_per_host:.0f}"
                 + " starve" * plan.starves
             ]
         else:
@@ -137,7 +140,7 @@ def compared(plans: Iterable[Plan]) -> str:
     return "\n".join(lines)
 
 
-def _amount(number: float) -> str:
+def amount(number: float) -> str:
     """With as many digits as such an estimate deserves."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 

@@ -45,7 +45,7 @@ def test_a_person_reads_what_fits_and_what_it_takes():
     for line in (
         "v5e-256: 256 chips TPU v5 lite; hosts 64; slices of 16x16, 2 of 2 sides rings",
         "fits: 10.00 of 15.75 GiB a device at its peak, 5.75 GiB (37%) to spare",
-        "200.0 to 250.0 ms a step (exchange hidden behind compute, or not)",
+        "200 to 250 ms a step (exchange hidden behind compute, or not)",
         "36,000 steps: 2.5 h, 640 chip-hours",
         "$960 at $1.5 a chip-hour (as given): an estimate",
         "each host decodes 320 images/s: 1.28 of its 112 cores at 4 CPU-ms an image",
