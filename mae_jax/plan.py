@@ -112,8 +112,8 @@ class Planner:
         config_lib.validate(self.config)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
-        # The compiler of an absent TPU can write such a cache but not read it.
-        jax.config.update("jax_enable_compilation_cache", False)
+        if jax.config.jax_compilation_cache_dir:  # written without a TPU, but never read
+            jax.config.update("jax_enable_compilation_cache", False)
 
     def title(self) -> str:
         """What is planned."""

@@ -23,49 +23,29 @@ class Chip:
     """One generation; figures are of a whole chip unless they say otherwise.
 
     Sources: Google's data sheets (cloud.google.com/tpu/docs), JAX's `tpu_info`, the "How to Scale
-    Your Model" book (jax-ml/scaling-book) for links, Jouppi et al. 2020 (CACM 63.7) for v2 and v3.
-
-    Attributes:
-      name: as libtpu spells it.
-      kinds: what JAX calls its devices.
-      flops: bf16, dense, a second.
-      hbm_bytes: as sold.
-      device_bytes: that the compiler gives a program on one device: what a forced out-of-memory
-        error of libtpu 0.0.52 says.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one ICI link in one direction.
-      axes: of the torus, with two links a chip along each.
-      wraps_at: the side from which an axis is a ring. In three dimensions only whole cubes of this
-        side are rings, in two an axis is one by itself.
-      dcn_bandwidth: bytes/s to other slices in one direction; 0: slices cannot be joined.
-      clock: of the core, Hz.
-      mxu: side of its matrix units.
-      vcpus: of a host with four chips.
-      largest: chips of the largest slice that one job can have.
-      cores: that a product's name counts for one chip.
-      devices: that JAX sees of one chip.
-      on_demand: dollars a chip-hour, see `PRICES_OF`; 0: not known.
-      spot: the same of a chip that may be taken away.
+    Your Model" book (jax-ml/scaling-book) for links, Jouppi et al. 2020 (CACM 63.7) for v2 and v3;
+    `device_bytes`: what a forced out-of-memory error of libtpu 0.0.52 says.
     """
 
-    name: str
-    kinds: tuple[str, ...]
-    flops: float
-    hbm_bytes: int
-    device_bytes: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    axes: int
+    name: str  # as libtpu spells it
+    kinds: tuple[str, ...]  # what JAX calls its devices
+    flops: float  # bf16, dense, a second
+    hbm_bytes: int  # as sold
+    device_bytes: int  # that the compiler gives a program on one device
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s of one ICI link in one direction
+    axes: int  # of the torus, with two links a chip along each
+    # The side from which an axis is a ring; of three axes all are, or none.
     wraps_at: int
-    dcn_bandwidth: float
-    clock: float
-    mxu: int
-    vcpus: int
-    largest: int
-    cores: int = 1
-    devices: int = 1
-    on_demand: float = 0.0
-    spot: float = 0.0
+    dcn_bandwidth: float  # bytes/s to other slices; 0: these cannot be joined
+    clock: float  # of the core, Hz
+    mxu: int  # side of its matrix units
+    vcpus: int  # of a host with four chips
+    largest: int  # chips of the largest slice that one job can have
+    cores: int = 1  # that a product's name counts for one chip
+    devices: int = 1  # that JAX sees of one chip
+    on_demand: float = 0.0  # dollars a chip-hour, see `PRICES_OF`; 0: not known
+    spot: float = 0.0  # the same of a chip that may be taken away
 
 
 def _gib(number: float) -> int:

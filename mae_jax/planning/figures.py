@@ -20,18 +20,12 @@ TIGHT = 0.8  # of a host's cores; the rest feeds the device, saves, and serves t
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a step is spread over a pod.
+    """How a step is spread over a pod."""
 
-    Attributes:
-      batch_size: global, of one update.
-      accumulate: parts that a device runs its share of the batch in.
-      data, fsdp: sides of the mesh.
-    """
-
-    batch_size: int
-    accumulate: int
+    batch_size: int  # global, of one update
+    accumulate: int  # parts that a device runs its share of the batch in
     remat: str
-    data: int
+    data: int  # sides of the mesh
     fsdp: int
 
     @property
@@ -46,38 +40,23 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run on a pod; seconds are of one step and estimates.
-
-    Attributes:
-      steps: of the schedule.
-      flops: model FLOPs of a step, of all devices.
-      state_bytes: parameters and optimizer, a device.
-      peak_bytes: what the program takes of a device; where it does not fit, what it would take.
-      parts: of the model, and what each takes; empty where the step does not fit.
-      exchanged: between devices.
-      program: that the figures are of.
-      decode_ms: CPU time of an image on a host.
-      price: dollars a chip-hour.
-      price_source: whose and of when it is.
-      advice: what to try where it does not fit, likeliest first.
-      modelled_from: the pod whose program this is calculated from; empty: its own was compiled.
-    """
+    """A run on a pod; seconds are of one step and estimates."""
 
     pod: Pod
     layout: Layout
-    steps: int
-    flops: float
-    state_bytes: int
-    peak_bytes: int = 0
-    parts: Mapping[str, PartCost] = dataclasses.field(default_factory=dict)
+    steps: int  # of the schedule
+    flops: float  # of the model, a step on all devices
+    state_bytes: int  # parameters and optimizer, on a device
+    peak_bytes: int = 0  # that the program takes of a device, or would take
+    parts: Mapping[str, PartCost] = dataclasses.field(default_factory=dict)  # if it fits
     exchanged: tuple[Communication, ...] = ()
-    program: Program | None = None
-    decode_ms: float = 0.0
-    price: float | None = None
+    program: Program | None = None  # that these are of
+    decode_ms: float = 0.0  # CPU time of an image on a host
+    price: float | None = None  # dollars a chip-hour
     price_source: str = ""
-    advice: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()  # where it does not fit: what to try, likeliest first
     compile_seconds: float = 0.0
-    modelled_from: str = ""
+    modelled_from: str = ""  # the pod whose program this is calculated from; empty: its own
 
     @property
     def fits(self) -> bool:
