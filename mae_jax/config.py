@@ -156,6 +156,8 @@ FIELDS = {
     "mesh.fsdp": Free(1, "-1 or [1, inf)", "ways to split batch and state; -1: a slice"),
     # A folder or bucket. Empty: JAX_COMPILATION_CACHE_DIR, or mae_jax/compiled in ~/.cache.
     "compile.cache_dir": Free("", ANY, "where compiled programs are kept; none: nowhere"),
+    "profile.start": Free(10, "[0, inf)", "steps before those that JAX's profiler traces"),
+    "profile.steps": Free(0, "[0, inf)", "that it traces, to WORKDIR/profile; 0: none"),
     "checkpoint.every": Free(1000, "[1, inf)", "steps"),
     # Asked at log intervals, by the clock of the first process.
     "checkpoint.minutes": Free(15.0, "[0, inf)", "since the last; 0: only by steps"),

@@ -61,6 +61,7 @@ from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
 from mae_jax.train.loop import Action, Totals, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
+from mae_jax.train.profiler import Profiled
 from mae_jax.train.programs import compile_ahead, keep_compiled
 from mae_jax.train.progress import with_clock
 from mae_jax.train.report import Reporter
@@ -300,22 +301,25 @@ def train_and_evaluate(
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save. All
             # together: the first exchange between devices waits for nobody's compiler.
             in_every_process(stopping.arm)
-            return train(
-                step,
-                state,
-                batches,
-                metric_names=task.metric_names,
-                place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
-                start_step=start_step,
-                total_steps=total_steps,
-                log_every=config.log_every,
-                report=Reporter(task, mesh, writer, len(data.train), host_batches, ledger),
-                actions=actions,
-                stop_requested=stopping.poll,
-                on_stop=save_and_stop,
-                ledger=ledger,
-                begun=begun,
-            )
+            profile = {"start": config.profile.start, "steps": config.profile.steps}
+            folder = setup.workdir / "profile"
+            with Profiled(step, folder, start_step=start_step, ledger=ledger, **profile) as traced:
+                return train(
+                    traced,
+                    state,
+                    batches,
+                    metric_names=task.metric_names,
+                    place_totals=lambda totals: mesh_lib.replicate(totals, mesh),
+                    start_step=start_step,
+                    total_steps=total_steps,
+                    log_every=config.log_every,
+                    report=Reporter(task, mesh, writer, len(data.train), host_batches, ledger),
+                    actions=actions,
+                    stop_requested=stopping.poll,
+                    on_stop=save_and_stop,
+                    ledger=ledger,
+                    begun=begun,
+                )
 
 
 def finish(setup: Setup, state: TrainState) -> None:

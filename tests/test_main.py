@@ -50,7 +50,7 @@ def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_LOG_COMPILES", "1")
-        result = run(workdir)
+        result = run(workdir, profile__start=5, profile__steps=2)
     assert result.returncode == 0, result.stderr
     (workdir / "log.txt").write_text(result.stderr)
     return workdir
@@ -69,6 +69,8 @@ def test_a_run_leaves_everything_its_users_rely_on(undisturbed):
     assert (undisturbed / "reconstructions" / "step_00000012.png").stat().st_size > 1000
     assert {"4", "8", "12"} <= {p.name for p in (undisturbed / "checkpoints").iterdir()}
     assert (undisturbed / "export" / "README.md").exists()
+    [trace] = undisturbed.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 1000
     tensors = exported(undisturbed)
     assert tensors["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
     assert tensors["pos_embed"].shape == (1, 17, 32)

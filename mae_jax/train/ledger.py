@@ -27,6 +27,7 @@ PHASES = {  # in the order shown
     "evaluation": "",
     "probe": "",
     "pictures": "",
+    "profile": "a trace begun and written",
     "save": "checkpoints, as far as steps wait for them, and the export",
     "away": "from the last word of one start to the next",
 }
