@@ -116,12 +116,12 @@ def test_stopped_at_any_moment_all_save_the_same_and_what_was_given_up_is_done_l
     launch, tmp_path
 ):
     """Compiling, evaluating, probing, saving: 42 everywhere, one checkpoint, the same metrics."""
-    fields = {"eval__every": 5, "probe__every": 4, "probe__train_examples": 64}
+    fields = {"steps": 20, "eval__every": 5, "probe__every": 4, "probe__train_examples": 64}
     fields |= {"probe__eval_examples": 32, "checkpoint__every": 3, "eval__batches": 4}
     fields["log_every"] = 5  # a stop may cut an interval in two
     assert launch(tmp_path / "calm", "none 9 none 1", **fields).returncode == 0
     workdir = tmp_path / "run"
-    moments = ["compile 1", "evaluation 1", "probe 1", "save 1", "evaluation 1"]
+    moments = ["compile 1", "evaluation 1", "probe 1", "save 1"]
     for number, moment in enumerate(moments):
         done = launch(workdir, f"term {number % 2} {moment}", **fields)
         assert (done.returncode, ends(done.stdout)[0]) == (42, [42, 42]), done.stdout
