@@ -31,6 +31,8 @@ SECONDS_SILENT = 30.0  # after which a peer is lost; a thread can be kept waitin
 SECONDS_SUSPECTED = 10.0  # the same, once another process failed to communicate
 SECONDS_TO_LEAVE = 10.0  # for what is done on the way out, which a disk or a network may hold up
 
+SECONDS_FROZEN = 10.0  # without running at all, as all of a run may be: others are heard anew
+
 _FATES, _BEATS = "mae_jax/fate/", "mae_jax/beat/"
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where XLA's service notes a SIGTERM to any process
 # Exceptions that a peer's death causes where processes exchange something.
@@ -72,6 +74,8 @@ def leave(code: int, line: str, for_peers: str = "", *, stacks: bool = False) ->
             except Exception:
                 logging.debug("while leaving", exc_info=True)
         sys.stdout.flush()
+        if peers is not None and peers.process == 0:
+            peers.wait_until_known(3 if code == LOST else SECONDS_TO_LEAVE)
 
     acting = threading.Thread(target=last_acts, daemon=True)
     acting.start()
@@ -129,16 +133,16 @@ class Peers:
         self._ended = True
 
     def tell(self, code: int, line: str, stacks: bool = False) -> None:
-        """Tells the others how this process ends, 0: that it may have lost one of them.
-
-        Process 0, which they learn it from, waits until they have.
-        """
+        """Tells the others how this process ends, 0: that it may have lost one of them."""
         entry = json.dumps({"code": code, "line": line, "stacks": stacks})
         self._client.key_value_set(f"{_FATES}{self.process}", entry, allow_overwrite=True)
-        until = time.monotonic() + (3 if code == LOST else SECONDS_TO_LEAVE - 2)
-        while code and self.process == 0 and time.monotonic() < until:
+
+    def wait_until_known(self, seconds: float) -> None:
+        """Waits in process 0, from which the others learn how it ends, until all are leaving."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
             if sum(fate["code"] > 0 for fate in self._fates()) == self.count:
-                break
+                return
             time.sleep(0.2)
 
     def lost_service(self) -> None:
@@ -190,7 +194,9 @@ class Peers:
                 continue  # `_listen_for_silence` counts how long
             if self._ended:
                 return
-            self._heard = time.monotonic()
+            before, self._heard = self._heard, time.monotonic()
+            if self._heard - before > SECONDS_FROZEN:
+                beats.clear()
             for fate in fates:
                 if fate["code"]:
                     if fate["stacks"]:
@@ -198,7 +204,7 @@ class Peers:
                     leave(fate["code"], fate["line"])
             limit = SECONDS_SUSPECTED if fates else SECONDS_SILENT
             for key, text in heard:
-                newest, since = beats.get(key, ("", 0.0))
+                newest, since = beats.get(key, ("", self._heard))
                 if newest != text:
                     beats[key] = text, self._heard
                 elif self._heard - since > limit:
@@ -209,8 +215,12 @@ class Peers:
                 self.told_to_stop()
 
     def _listen_for_silence(self) -> None:
+        woken = time.monotonic()
         while not self._ended:
             time.sleep(1)
+            before, woken = woken, time.monotonic()
+            if woken - before > SECONDS_FROZEN:
+                self._heard = woken
             if time.monotonic() - self._heard > SECONDS_SILENT + self._period:
                 self.lost_service()
 

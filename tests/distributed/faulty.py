@@ -1,11 +1,14 @@
 """The program with a fault in one process, for test_fate.py.
 
 `python faulty.py ACTION PROCESS PHASE NTH -- OPTIONS OF mae_jax.main`: process PROCESS does ACTION
-when it enters PHASE of the time ledger for the NTH time (`start`: before anything). Marks in the
-workdir, of faults that happened, keep a restarted program from having it again.
+when it enters PHASE of the time ledger for the NTH time (`start`: before anything). Marks beside
+the workdir, of faults that happened, keep a restarted program from having it again. Which record
+every row of every batch was is noted there too, in WORKDIR-examples.jsonl.
 """
 
 import contextlib
+import itertools
+import json
 import os
 import pathlib
 import signal
@@ -15,6 +18,8 @@ import time
 
 from mae_jax import UserError
 from mae_jax.cli import start
+from mae_jax.data.pipeline import Batches
+from mae_jax.data.splits import Splits
 from mae_jax.train.ledger import Ledger
 
 ACTIONS = {
@@ -37,9 +42,31 @@ def fail(action):
         ACTIONS[action]()
 
 
+def note_examples(path):
+    """Has every process note step, positions and records of the batches it draws."""
+    train_batches, following = Splits.train_batches, Batches.__next__
+
+    def noted(self, positions, start_step, *rest):
+        batches = train_batches(self, positions, start_step, *rest)
+        batches.noted = positions.tolist(), itertools.count(start_step)
+        return batches
+
+    def noting(self):
+        batch = following(self)
+        if hasattr(self, "noted"):
+            positions, steps = self.noted
+            line = {"step": next(steps), "positions": positions, "ids": batch["id"].tolist()}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return batch
+
+    Splits.train_batches, Batches.__next__ = noted, noting
+
+
 def main(action, process, phase, nth, options):
     workdir = pathlib.Path(next(x for x in options if x.startswith("--workdir=")).split("=")[1])
     mark = workdir.with_name(f"{workdir.name}-{action}-{phase}-{nth}")
+    note_examples(workdir.with_name(f"{workdir.name}-examples.jsonl"))
     if os.environ.get("JAX_PROCESS_ID", "0") == process and not mark.exists():
         if phase == "start" and action == "config":
             options = [*options, "--config=/no/such/recipe.py"]
