@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan; returns the exit status."""
     parser = cli.Parser("plan", __doc__)
     pods = "product or generation:grid, as v5e-256, v4-128 or v5p:4x4x4"
-    parser.add_argument("--topology", default="v5e:4x4", metavar="POD", help=pods)
+    parser.add_argument("--topology", metavar="POD", help=pods + " (default: v5e:4x4)")
     parser.add_argument("--slices", type=_at_least_one, default=1, help="pods of that kind, joined")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     what = "dollars a chip-hour, or default prices (not today's: " + PRICES_OF + ")"
@@ -78,12 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = {name: vars(arguments)[name] for name in ("search", "compare", "bundles")}
     if sum(map(bool, modes.values())) > 1:
         raise UserError("--search, --compare and --bundles: give one of them")
+    if arguments.compare and (arguments.topology or arguments.slices > 1):
+        raise UserError("--compare names its pods, as 2xv5e-256: leave out --topology and --slices")
     planner = Planner(arguments)
     if arguments.compare:
         pods = [parse_pod(name) for name in arguments.compare.split(",")]
         plans = sorted(planner.compare(pods), key=order)
     else:
-        pod = parse_pod(arguments.topology, arguments.slices)
+        pod = parse_pod(arguments.topology or "v5e:4x4", arguments.slices)
         planner.price(pod.chip)  # refuses before minutes are spent
         base = planner.layout(pod)
         plans = search(base, pod, planner.compile) if arguments.search else []

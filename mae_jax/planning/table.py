@@ -37,9 +37,10 @@ def _memory(plan: Plan) -> list[str]:
     if not plan.fits:
         return _section("memory", f"does not fit: {needs(plan)}")
     left = room - peak
+    barely = "barely " * (left < 0.05 * room)
     return _section(
         "memory",
-        f"fits: {peak:.2f} of {room:.2f} GiB a device at its peak, {left:.2f} GiB "
+        f"{barely}fits: {peak:.2f} of {room:.2f} GiB a device at its peak, {left:.2f} GiB "
         f"({left / room:.0%}) to spare; parameters and optimizer {plan.state_bytes / GIB:.2f} GiB",
     )
 

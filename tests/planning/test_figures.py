@@ -81,6 +81,11 @@ def test_out_of_memory_is_an_answer(error, gib):
     assert figures["mfu"] is figures["hours"] is figures["collective_bytes"] is None
 
 
+def test_little_room_is_said():
+    assert "memory     barely fits: 15.50 of 15.75 GiB" in describe(plan(peak=15.5))
+    assert "barely" not in describe(plan(peak=14.9))
+
+
 def test_another_failure_of_the_compiler_is_none():
     assert out_of_memory(plan(), "INTERNAL: Mosaic failed to compile") is None
 
