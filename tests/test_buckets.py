@@ -65,7 +65,7 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_disk(tmp_path, bucket):
     assert (remote / "config.json").read_bytes() == (disk / "config.json").read_bytes()
 
     # What others do with it: a table, weights out of it and into a bucket, a run that starts there.
-    assert read_results(disk)["markdown"] in python("mae_jax.results", str(remote))
+    assert read_results(remote)["markdown"] in python("mae_jax.results", str(remote))
     for place, target in ((disk, tmp_path / "out"), (remote, f"{bucket[0]}/out")):
         options = (f"--from={place}", "--format=orbax", f"--output={target}")
         assert f"wrote {target}/params" in python("mae_jax.export", *options)

@@ -92,7 +92,8 @@ class PictureFiles:
 
     def identity(self) -> str:
         """Of all picture files, and the classes they count as."""
-        return files_identity(map(self._path, range(len(self)))) + str(self.class_names)
+        paths = [self._path(index) for index in range(len(self))]
+        return files_identity(paths) + str(self.class_names)
 
     def __getitem__(self, index: int) -> Record:
         path = self._path(index)

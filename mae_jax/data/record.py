@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mae_jax import UserError
+from mae_jax.storage.files import versions
 
 
 class DecodeError(UserError):
@@ -84,12 +85,11 @@ class Selection:
         return {start + index - int(own[0]): record for index, record in found.items()}
 
 
-def files_identity(paths: Iterable[str]) -> str:
+def files_identity(paths: Sequence[str]) -> str:
     """A digest of the places, sizes and times of files."""
     total = hashlib.sha256()
-    for path in paths:
-        status = os.stat(path)
-        total.update(os.fsencode(path) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path, version in zip(paths, versions(paths), strict=True):
+        total.update(os.fsencode(path) + f" {version}\n".encode())
     return total.hexdigest()
 
 

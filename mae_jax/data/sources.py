@@ -2,6 +2,7 @@
 
 from mae_jax import UserError
 from mae_jax.data.record import Source
+from mae_jax.storage.files import in_bucket
 
 
 def open_source(name: str, data_dir: str | None, split: str) -> Source:
@@ -26,6 +27,9 @@ def open_source(name: str, data_dir: str | None, split: str) -> Source:
             "given to `tfds build --data_dir` (TFDS itself uses ~/tensorflow_datasets)"
         )
     if name == "folder":
+        if in_bucket(data_dir):
+            remedy = "Copy it, mount it (gcsfuse), or make an array_record data set of it"
+            raise UserError(f"data.dir={data_dir}: a folder of pictures must be on disk. {remedy}")
         from mae_jax.data.folder import open_folder
 
         return open_folder(data_dir, split)

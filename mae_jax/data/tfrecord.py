@@ -7,7 +7,9 @@ beside the shard, or in ~/.cache/mae_jax, for the file's size and modification t
 
 import concurrent.futures
 import hashlib
+import itertools
 import os
+import random
 import struct
 from collections.abc import Sequence
 
@@ -30,26 +32,34 @@ class TfrecordReader:
     def __init__(self, paths: Sequence[str], shard_lengths: Sequence[int]):
         """Raises UserError: a shard is damaged, or not as long as `shard_lengths` says."""
         self._paths = list(paths)
+        # Processes that start together begin at different shards, and find what others have made.
+        order = np.roll(np.arange(len(self._paths)), random.randrange(len(self._paths)))
         with concurrent.futures.ThreadPoolExecutor(SCAN_THREADS) as pool:
-            self._offsets = list(pool.map(offset_index, self._paths))  # per shard: [n + 1]
+            made = pool.map(lambda shard: offset_index(self._paths[shard]), order)
+            offsets = dict(zip(order.tolist(), made, strict=True))
+        self._offsets = [offsets[shard] for shard in range(len(self._paths))]  # per shard: [n + 1]
         for path, offsets, length in zip(self._paths, self._offsets, shard_lengths, strict=True):
             if len(offsets) - 1 != length:
                 what = f"{len(offsets) - 1} records where dataset_info.json says {length}"
                 raise UserError(f"{path} holds {what}; prepare it again")
         self._files: list = [None] * len(self._paths)
 
-    def read(self, shard: int, position: int) -> bytes:
-        """The bytes of one record. Raises DecodeError where they fail their checksum."""
+    def read(self, shard: int, first: int, last: int) -> list[bytes]:
+        """Records first to last - 1, in one read. Raises DecodeError: one fails its checksum."""
         file = self._files[shard]
         if file is None:  # two threads may both open it: harmless, the loser's is closed by GC
             file = self._files[shard] = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115
-        start, end = self._offsets[shard][position : position + 2].tolist()
-        start += HEADER.size
-        size = end - FOOTER.size - start
-        data = os.pread(file.fileno(), end - start, start)
-        if len(data) != end - start or _checksum(data[:size]) != FOOTER.unpack(data[size:])[0]:
-            raise DecodeError(f"damaged, or changed since the run began: {self._paths[shard]}")
-        return data[:size]
+        offsets = self._offsets[shard][first : last + 1].tolist()
+        content = os.pread(file.fileno(), offsets[-1] - offsets[0], offsets[0])
+        records = []
+        for start, end in itertools.pairwise(offsets):
+            data = content[start - offsets[0] + HEADER.size : end - offsets[0]]
+            size = end - start - HEADER.size - FOOTER.size
+            whole = len(data) == size + FOOTER.size
+            if not whole or _checksum(data[:size]) != FOOTER.unpack(data[size:])[0]:
+                raise DecodeError(f"damaged, or changed since the run began: {self._paths[shard]}")
+            records.append(data[:size])
+        return records
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": [None] * len(self._paths)}

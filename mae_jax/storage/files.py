@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,26 @@ def local_copy(path: PathLike) -> Iterator[PathLike]:
         copy = os.path.join(folder, epath.Path(path).name)
         _bucket().get_file(os.fspath(path), copy)
         yield copy
+
+
+def versions(paths: Sequence[PathLike]) -> list[str | None]:
+    """What changes with a file's content, of each; None: it is not there. In a bucket one listing
+    of each folder tells."""
+    folders = {os.path.dirname(path) for path in map(os.fspath, paths) if in_bucket(path)}
+    listed: dict[str, str] = {}
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            entries = _bucket().ls(folder, detail=True)
+            listed |= {f"gs://{e['name']}": f"{e['size']} {e.get('generation')}" for e in entries}
+
+    def on_disk(path: PathLike) -> str | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    return [listed.get(os.fspath(p)) if in_bucket(p) else on_disk(p) for p in paths]
 
 
 def _bucket() -> Any:

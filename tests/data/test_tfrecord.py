@@ -24,7 +24,7 @@ def shard(tmp_path, monkeypatch):
 
 def test_records_come_back_in_any_order(shard):
     reader = TfrecordReader([str(shard), str(shard)], [4, 4])
-    assert [reader.read(s, i) for s in (1, 0) for i in (3, 1, 2, 0)] == [
+    assert [reader.read(s, i, i + 1)[0] for s in (1, 0) for i in (3, 1, 2, 0)] == [
         RECORDS[i] for i in (3, 1, 2, 0)
     ] * 2
 
@@ -85,9 +85,9 @@ def test_damaged_data_fail_their_checksum(shard):
     data[data.index(b"x" * 100) + 50] ^= 1
     shard.write_bytes(data)
     reader = TfrecordReader([str(shard)], [4])
-    assert [reader.read(0, i) for i in (0, 1, 3)] == [RECORDS[i] for i in (0, 1, 3)]
+    assert [reader.read(0, i, i + 1)[0] for i in (0, 1, 3)] == [RECORDS[i] for i in (0, 1, 3)]
     with pytest.raises(DecodeError, match=r"damaged.*a\.tfrecord"):
-        reader.read(0, 2)
+        reader.read(0, 2, 3)
 
 
 def test_shard_with_another_number_of_records_is_named(shard):
