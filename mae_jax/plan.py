@@ -205,8 +205,8 @@ class Planner:
     def compare(self, pods: Sequence[Pod]) -> list[Plan]:
         """A plan for each; what is compiled for one slice serves others with as many images."""
         plans: list[Plan] = []
-        for pod in pods:
-            layout = self.layout(pod)
+        layouts = [self.layout(pod) for pod in pods]  # refuses before minutes are spent
+        for pod, layout in zip(pods, layouts, strict=True):
             alike = (p for p in plans if p.fits and p.pod.chip == pod.chip and not p.modelled_from)
             alike = (p for p in alike if p.pod.slices == pod.slices == 1)
             alike = (p for p in alike if resized(p.layout, p.pod, pod).fsdp == layout.fsdp)

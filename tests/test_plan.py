@@ -48,6 +48,7 @@ def no_compiler(monkeypatch):
         (["--compare=v5e-4,v5e-8", "--slices=2"], "leave out --topology and --slices"),
         (["--compare=v5e-4,v9-4"], "'v9-4' names no TPU"),
         (["--topology=v5e-256"], "batch_size = 16 does not divide over 256"),
+        (["--compare=v5e-4,v5e-256"], "batch_size = 16 does not divide over 256"),
         (["--config.mesh.fsdp=3"], "mesh.data = -1 by mesh.fsdp = 3"),
         (["--topology=2xv5e-4", "--config.mesh.fsdp=8"], "mesh.fsdp = 8 does not fit into a slice"),
         (["--config.batch_size=x"], "batch_size = 'x'"),
