@@ -173,7 +173,9 @@ class Planner:
         logging.info("compiling for %s: %s; this takes minutes ...", pod.name, layout)
         started = time.time()
         try:
-            compiled = with_clock("compiling", lower_step(task, abstract).compile)
+            options = program.READABLE.get(pod.chip.name)
+            lowered = lower_step(task, abstract)
+            compiled = with_clock("compiling", lambda: lowered.compile(compiler_options=options))
         except jax.errors.JaxRuntimeError as error:
             plan = out_of_memory(plan, str(error))
             if plan is None:

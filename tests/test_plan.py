@@ -74,8 +74,8 @@ def test_a_step_compiles_for_an_absent_pod(tiny_config, capsys, monkeypatch):
         def __init__(self, *step):
             self._lowered = lower_step(*step)
 
-        def compile(self):
-            compiled.append(self._lowered.compile())
+        def compile(self, **options):
+            compiled.append(self._lowered.compile(**options))
             return compiled[0]
 
     monkeypatch.setattr(plan, "lower_step", Lowered)

@@ -45,6 +45,12 @@ UNCOUNTED = {
 ON_ICI = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PASSES = {"high": 3, "highest": 6}  # of a float32 product, over factors in bfloat16
 
+# Without these JAX 0.10.2 cannot print a program of tpu7x: exchange handed to its sparse cores.
+_SPARSE = "xla_tpu_enable_sparse_core_collective_offload_"
+READABLE = {
+    "tpu7x": {_SPARSE + kind: False for kind in ("all_reduce", "all_gather", "reduce_scatter")}
+}
+
 
 class Array(NamedTuple):
     """An array as it lies in memory."""
