@@ -181,7 +181,7 @@ def test_other_bad_input_is_one_line(argv, message, capsys):
 def test_an_unknown_topology_is_one_line(capsys):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
     told = refused(capsys, "plan", QUICKSTART, "--topology=v9:1x1")
-    assert told.startswith("--topology=v9:1x1: ")
+    assert told.startswith("'v9:1x1' names no TPU: ")
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
