@@ -207,3 +207,33 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
 )
 def test_names_say_the_part_of_the_model(op_name, part):
     assert program.part_of(op_name) == (part or "encoder attention")
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "conditional(%p, %a, %a), true_computation=%small, false_computation=%large",
+        "conditional(%p, %a, %a), branch_computations={%small, %large}",
+        "call(%a), to_apply=%large",
+    ],
+)
+def test_of_branches_the_longest_counts(branches):
+    body = """ (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0:T(8,128)} parameter(0)
+"""
+    dot = "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    read = program.read(f"""HloModule m
+
+%small{body}  ROOT %y = f32[64,64]{{1,0:T(8,128)}} add(%x, %x)
+}}
+
+%large{body}  ROOT %z = f32[64,64]{{1,0:T(8,128)}} {dot}
+}}
+
+ENTRY %main (p: pred[], a: f32[64,64]) -> f32[64,64] {{
+  %p = pred[] parameter(0)
+  %a = f32[64,64]{{1,0:T(8,128)}} parameter(1)
+  ROOT %c = f32[64,64]{{1,0:T(8,128)}} {branches}
+}}
+""")
+    assert [i.name for i in read.instructions] == ["z"]
