@@ -16,7 +16,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 
 from mae_jax import UserError
@@ -36,9 +35,9 @@ NO_CAPACITY = re.compile("RESOURCE_EXHAUSTED|no more capacity|UNAVAILABLE", re.I
 TRIES = 3  # of what should work on machines that are there
 
 ROOT = pathlib.Path(__file__).parents[1]
-ARCHIVE = f"{tempfile.gettempdir()}/mae_jax.tar.gz"
+ARCHIVE = "mae_jax.tar.gz"
 GCLOUD = ["gcloud", "compute", "tpus", "queued-resources"]
-UNPACK = "rm -rf mae_jax && mkdir mae_jax && tar -xzf mae_jax.tar.gz -C mae_jax"
+UNPACK = f"rm -rf mae_jax && mkdir mae_jax && tar -xzf {ARCHIVE} -C mae_jax"
 HOST = "bash mae_jax/launch/host.sh"
 
 
@@ -70,7 +69,7 @@ def command_lines(given: argparse.Namespace) -> dict[str, list[str]]:
         lines |= {
             "create": [*GCLOUD, "create", name, zone, *create, *shlex.split(given.create_flags)],
             "pack": ["git", "archive", "--format=tar.gz", f"--output={ARCHIVE}", "HEAD"],
-            "copy": [*GCLOUD, "scp", ARCHIVE, f"{name}:mae_jax.tar.gz", zone, *everywhere],
+            "copy": [*GCLOUD, "scp", ARCHIVE, f"{name}:{ARCHIVE}", zone, *everywhere],
             "install": ssh(f"{UNPACK} && {HOST} install", everywhere),
             "start": ssh(f"{HOST} start {shlex.join(given.command)}", everywhere),
             "poll": ssh(f"{HOST} poll || echo state=new", first),

@@ -57,7 +57,7 @@ def fake(tmp_path):
             cwd=tmp_path,
             env=os.environ
             | {"PATH": f"{tools}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
-            | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            | {"PYTHONPATH": str(ROOT)},
             timeout=120,
         )
         calls = (tmp_path / "calls.txt").read_text().splitlines()
@@ -155,7 +155,7 @@ def run(*options):
         [sys.executable, ROOT / "launch/tpu_vm.py", *options],
         capture_output=True,
         text=True,
-        env=os.environ | {"TMPDIR": "/tmp", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 
