@@ -23,7 +23,7 @@ PARTS = (
     (r"\b(encoder|decoder)\b.*\battn\b", r"\1 projections"),
     (r"\b(encoder|decoder)\b.*(\bBlock\b|\bnorm)", r"\1 norms"),  # and residual sums
     (r"\b(encoder|decoder)\b", r"\1 embedding"),  # of the decoder also the prediction
-    (r"\b(target|images|optimizer)\b", r"\1"),
+    (r"\b(target|images|optimizer|head)\b", r"\1"),
 )
 REST = "rest"
 COLLECTIVES = "collectives"

@@ -202,6 +202,7 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
         ("jit(step)/jvp(MAE)/target/sqrt", "target"),
         ("jit(step)/jvp(images)/rev", "images"),
         ("jit(step)/optimizer/mul", "optimizer"),
+        ("jit(step)/jvp(Classifier)/head/dot_general", "head"),
         ("jit(step)/add", "rest"),
     ],
 )
