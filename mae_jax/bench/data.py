@@ -3,6 +3,9 @@
 Both ways to resize (`data.resize`) and the plain one fill the same batches, with the same crops, in
 the same threads or workers; RandAugment is the same code. They take turns, round by round, because
 other work on the machine disturbs all; CPU-seconds are disturbed least.
+
+Of prepared data sets it also tells how often an epoch reads storage in either `data.order`, counted
+without reading: in a bucket every read is a request, which takes its time and costs money.
 """
 
 import dataclasses
@@ -19,15 +22,19 @@ from PIL import Image, ImageOps
 
 from mae_jax import UserError
 from mae_jax.config import validate
-from mae_jax.data.pipeline import example_index, example_rng
+from mae_jax.data.order import WindowReader, Windows, example_index
+from mae_jax.data.pipeline import example_rng
 from mae_jax.data.record import Record
 from mae_jax.data.splits import Splits
+from mae_jax.data.tfds_source import TfdsSource
 from mae_jax.data.transforms import RESIZES, TrainTransform
 from mae_jax.tasks.inputs import open_splits
 
 ROUNDS = 5
 STEPS = 4  # batches in a round
 LARGEST_BATCH = 128  # a round should take about a second
+SAMPLED = 32  # records whose size is looked at
+PROCESSES = (1, 16)
 COMPARED = 128  # crops whose pixels are compared
 HALF_NYQUIST = (0.2, 0.3)  # cycles a pixel: the band about half the highest frequency
 
@@ -58,6 +65,8 @@ def main(config: ConfigDict) -> None:
     if config.model.channels not in (1, 3):
         raise UserError(f"model.channels={config.model.channels}: the plain way reads 1 or 3")
     splits = open_splits(config)
+    if hasattr(splits.train, "places"):
+        print_reads(splits, Windows(config.data.window, config.data.pool))
     splits = dataclasses.replace(splits, batch_size=min(config.batch_size, LARGEST_BATCH))
     transform = splits.train_transform
     ways = {name: dataclasses.replace(transform, resize=name) for name in RESIZES}
@@ -81,6 +90,67 @@ def main(config: ConfigDict) -> None:
         off = np.mean([np.abs(a - b).mean() for a, b in zip(pixels[i], pixels[-1], strict=True)])
         speed = f"{name:6s} {rates[i]:9.1f} {cpu[i]:12.2f} {ratios[i]:8.2f}"
         print(f"{speed} {off:16.2f} {power[i] / power[-1]:22.3f}")
+
+
+def print_reads(splits: Splits, windows: Windows) -> None:
+    """Prints for both orders what one process reads in an epoch."""
+    source = splits.train
+    sample = np.linspace(0, len(source) - 1, SAMPLED).astype(int)
+    size = np.mean([len(source[int(i)].image) for i in sample])  # bytes
+    print(f"reading {source.name} {source.split!r}, batch {splits.batch_size}, by each process")
+    print("                     requests/image  kB/image  GB kept")
+    ways = ((None, 1), *((windows, n) for n in PROCESSES if splits.batch_size % n == 0))
+    for way, processes in ways:
+        name = f"windowed, {processes:2} proc." if way else "shuffled"
+        requests, records, kept = count_reads(splits, way, processes)
+        row = f"{requests:14.4f} {records * size / 1e3:9.1f} {kept * size / 1e9:8.2f}"
+        print(f"{name:20} {row}")
+
+
+def count_reads(
+    splits: Splits, windows: Windows | None, processes: int = 1
+) -> tuple[float, float, int]:
+    """Of the first of so many processes, in the first epoch: requests and records read for each
+    example, and the most records that it keeps at a time."""
+    n, batch_size = len(splits.train), splits.batch_size
+    positions = np.arange(batch_size // processes)
+    source = tally = _Tally(splits.train)
+    if windows is not None:
+        source = WindowReader(tally, windows.size, windows.in_use(positions, batch_size))
+    examples = kept = 0
+    for g in range(n):
+        if g % batch_size >= len(positions):
+            continue
+        if windows is None:
+            source[example_index(splits.seed, g, n)]
+        else:
+            source[windows.index(splits.seed, g, n, batch_size)]
+            if examples % 1000 == 0:
+                kept = max(kept, source.kept)
+        examples += 1
+    return tally.requests / examples, tally.records / examples, kept
+
+
+class _Tally:
+    """A source that counts what would be read of another, and reads nothing."""
+
+    def __init__(self, source: TfdsSource):
+        self.name, self.split, self._source = source.name, source.split, source
+        self.requests = self.records = 0
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bool:
+        self.requests += 1
+        self.records += 1
+        return True
+
+    def read(self, start: int, stop: int) -> dict[int, bool]:
+        """True for every record."""
+        self.requests += len(list(self._source.places(start, stop)))
+        self.records += stop - start
+        return dict.fromkeys(range(start, stop), True)
 
 
 def _cost(splits: Splits, start_step: int) -> np.ndarray:

@@ -145,6 +145,12 @@ class WindowReader:
             # Used before, or damaged: the window is read again, then the record by itself.
         return self._source[index]
 
+    @property
+    def kept(self) -> int:
+        """Records in memory."""
+        with self._lock:
+            return sum(len(w.result()) for w in self._windows.values() if w.done())
+
     def _window(self, number: int) -> concurrent.futures.Future:
         """What will be {index: record} of a window: read here, or by another thread already."""
         with self._lock:

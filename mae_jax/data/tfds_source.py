@@ -83,7 +83,7 @@ class TfdsSource:
             raise IndexError(name)
         try:
             if isinstance(self._reader, TfrecordReader):
-                ((piece, first, last),) = self._places(index, index + 1)
+                ((piece, first, last),) = self.places(index, index + 1)
                 (data,) = self._reader.read(piece, first, last)
             else:
                 data = self._reader[index]
@@ -95,7 +95,7 @@ class TfdsSource:
         """Many records in one read of each shard they lie in; without those that are damaged."""
         wide = self._reader if isinstance(self._reader, TfrecordReader) else self._wide
         found: dict[int, Record] = {}
-        for piece, first, last in self._places(start, stop):
+        for piece, first, last in self.places(start, stop):
             begin = start
             start += last - first
             try:
@@ -108,7 +108,7 @@ class TfdsSource:
                     found[index] = self._record(index, data)
         return found
 
-    def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where records lie: piece, first position in its shard, and one past the last."""
         piece = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
