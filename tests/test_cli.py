@@ -209,7 +209,14 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path):
         assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
 
 
-def test_ctrl_c_while_compiling_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "stopped by Ctrl-C\n"),
+        (signal.SIGTERM, 42, "told to stop where there is nothing to lose: start it again\n"),
+    ],
+)
+def test_a_signal_while_compiling_is_one_line_at_once(tmp_path, number, code, line):
     process = subprocess.Popen(
         command(tmp_path / "run"),
         env=environment(),
@@ -218,12 +225,11 @@ def test_ctrl_c_while_compiling_is_one_line(tmp_path):
         cwd=ROOT,
         preexec_fn=hear_ctrl_c,
     )
-    for line in process.stderr:
-        if "compiling the step" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.read() == "stopped by Ctrl-C\n"
-    assert process.wait() == 130
+    assert any("compiling the step" in told for told in process.stderr)
+    process.send_signal(number)
+    assert process.stderr.read() == line
+    assert process.wait() == code
+    assert not (tmp_path / "run" / "claim.json").exists()
 
 
 def test_recipes_are_found_by_path_or_by_name_from_any_directory(tmp_path, monkeypatch):
