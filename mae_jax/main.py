@@ -325,7 +325,8 @@ def train_and_evaluate(
 def finish(setup: Setup, state: TrainState) -> None:
     """Writes the model of the last step and, of a classifier, its results."""
     config, data, steps = setup.config, setup.data, setup.task.total_steps
-    state = mesh_lib.to_host(state.replace(opt_state=None))
+    params = None if state.ema is not None else state.params  # averages stand for them
+    state = mesh_lib.to_host(state.replace(opt_state=None, params=params))
     facts = {
         "data": f"{data.train.name}, split {data.train.split}, {len(data.train)} images",
         "steps": steps,
