@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found += [read_results(workdir)] if supervised else []
         times += [time] if time else []
         if not (supervised or time):  # `runs/*` may be asked for
-            print(f"left out: {workdir}: no run has begun here", file=sys.stderr)
+            note = "neither results.json nor time.json, one of which every run keeps"
+            print(f"left out: {workdir}: {note}", file=sys.stderr)
     if not (found or times):
         raise UserError("none of these workdirs holds a run")
     print(*([table(found)] if found else []), *times, sep="\n\n")

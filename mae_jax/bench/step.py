@@ -15,7 +15,7 @@ from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.tasks import create_task
 from mae_jax.train.loop import zero_totals
-from mae_jax.train.programs import compile_ahead
+from mae_jax.train.programs import compile_ahead, keep_compiled
 from mae_jax.train.step import lower_step
 from mae_jax.train.throughput import peak_flops
 
@@ -26,6 +26,7 @@ SECONDS_A_ROUND = 4.0
 def main(config: ConfigDict) -> None:
     """Prints images/s (median and range over rounds), model FLOP/s, and MFU on known chips."""
     config_lib.validate(config)
+    keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     # No data is read: the number of examples only sets the length of the schedule.
