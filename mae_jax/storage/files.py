@@ -205,7 +205,10 @@ def append_line(path: PathLike, line: str) -> None:
     """Adds a line to a text file; it is with the system when this returns."""
     path = to_path(path)
     if in_bucket(path):  # written anew: a run's metrics are a few MB
-        write_atomically(path, (path.read_bytes() if path.exists() else b"") + f"{line}\n".encode())
+        before = b""
+        with contextlib.suppress(FileNotFoundError):
+            before = _bucket().cat_file(os.fspath(path))
+        write_atomically(path, before + f"{line}\n".encode())
         return
     with explain_failure(path), path.open("a") as file:
         file.write(line + "\n")
