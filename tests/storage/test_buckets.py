@@ -46,6 +46,17 @@ def test_a_path_keeps_its_two_slashes(bucket):
     assert not pathlib.Path(copy).exists()
 
 
+def test_what_another_process_wrote_is_seen(bucket):
+    import fsspec
+
+    folder = files.to_path(f"{bucket[0]}/seen")
+    files.write_atomically(folder / "a", "")
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    other = fsspec.filesystem("gcs", skip_instance_cache=True)
+    other.pipe_file(f"{folder}/b", b"")
+    assert [path.name for path in folder.iterdir()] == ["a", "b"]
+
+
 def test_an_error_while_writing_leaves_what_was_there(bucket):
     path = files.to_path(f"{bucket[0]}/errors/a")
     files.write_atomically(path, "before")
