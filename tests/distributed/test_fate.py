@@ -184,8 +184,9 @@ def examples(workdir):
 
 
 @pytest.mark.slow
-def test_on_4_then_2_then_1_then_4_processes_the_examples_are_those_of_one(launch, tmp_path):
-    fields = {"checkpoint__every": 3}
+@pytest.mark.parametrize("order", ["shuffled", "windowed"])
+def test_on_4_then_2_then_1_then_4_processes_the_examples_are_those_of_one(launch, tmp_path, order):
+    fields = {"checkpoint__every": 3, "data__order": order}
     assert launch(tmp_path / "calm", "none 9 none 1", processes=1, **fields).returncode == 0
     workdir = tmp_path / "run"
     for processes in (4, 2, 1):
