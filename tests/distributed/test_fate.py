@@ -117,7 +117,7 @@ def test_stopped_at_any_moment_all_save_the_same_and_what_was_given_up_is_done_l
     launch, tmp_path
 ):
     """Compiling, evaluating, probing, saving: 42 everywhere, one checkpoint, the same metrics."""
-    fields = {"steps": 20, "eval__every": 5, "probe__every": 4, "probe__train_examples": 64}
+    fields = {"steps": 40, "eval__every": 9, "probe__every": 8, "probe__train_examples": 64}
     fields |= {"probe__eval_examples": 32, "checkpoint__every": 3, "eval__batches": 4}
     fields["log_every"] = 5  # a stop may cut an interval in two
     assert launch(tmp_path / "calm", "none 9 none 1", **fields).returncode == 0
@@ -186,7 +186,7 @@ def examples(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["shuffled", "windowed"])
 def test_on_4_then_2_then_1_then_4_processes_the_examples_are_those_of_one(launch, tmp_path, order):
-    fields = {"checkpoint__every": 3, "data__order": order}
+    fields = {"steps": 40, "checkpoint__every": 9, "data__order": order}
     assert launch(tmp_path / "calm", "none 9 none 1", processes=1, **fields).returncode == 0
     workdir = tmp_path / "run"
     for processes in (4, 2, 1):
@@ -196,7 +196,7 @@ def test_on_4_then_2_then_1_then_4_processes_the_examples_are_those_of_one(launc
             mark.unlink()
     assert launch(workdir, "none 9 none 1", processes=4, **fields).returncode == 0
     assert examples(workdir) == examples(tmp_path / "calm")
-    assert len(examples(workdir)) == 12 * 16
+    assert len(examples(workdir)) == 40 * 16
     seen, expected = losses(workdir), losses(tmp_path / "calm")
     assert seen.keys() == expected.keys()
     # Sums in another order.
