@@ -98,12 +98,12 @@ def print_reads(splits: Splits, windows: Windows) -> None:
     sample = np.linspace(0, len(source) - 1, SAMPLED).astype(int)
     size = np.mean([len(source[int(i)].image) for i in sample])  # bytes
     print(f"reading {source.name} {source.split!r}, batch {splits.batch_size}, by each process")
-    print("                     requests/image  kB/image  GB kept")
+    print("                     requests/image  kB/image  MB kept")
     ways = ((None, 1), *((windows, n) for n in PROCESSES if splits.batch_size % n == 0))
     for way, processes in ways:
         name = f"windowed, {processes:2} proc." if way else "shuffled"
         requests, records, kept = count_reads(splits, way, processes)
-        row = f"{requests:14.4f} {records * size / 1e3:9.1f} {kept * size / 1e9:8.2f}"
+        row = f"{requests:14.4f} {records * size / 1e3:9.1f} {kept * size / 1e6:8.1f}"
         print(f"{name:20} {row}")
 
 
@@ -125,7 +125,7 @@ def count_reads(
             source[example_index(splits.seed, g, n)]
         else:
             source[windows.index(splits.seed, g, n, batch_size)]
-            if examples % 1000 == 0:
+            if examples % 100 == 0:
                 kept = max(kept, source.kept)
         examples += 1
     return tally.requests / examples, tally.records / examples, kept
