@@ -52,11 +52,11 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "batc
     """Raises UserError where the batch does not split evenly over devices and micro-batches."""
     parts = mesh.size * accumulate
     if batch_size % parts:
-        lower = batch_size // parts * parts
+        near = [n for n in (batch_size // parts * parts, (batch_size // parts + 1) * parts) if n]
         raise UserError(
             f"{field} = {batch_size} does not divide over {mesh.size} device(s)"
             + (f" and optim.accumulate = {accumulate}" if accumulate > 1 else "")
-            + f"; the nearest that do: {lower or parts}, {lower + parts}"
+            + f"; near it: {' or '.join(map(str, near))}"
         )
 
 
