@@ -17,7 +17,12 @@ case ${1:-} in
     start)
         shift
         # What is left of the last try would hold the chips.
-        [[ -f $group ]] && kill -KILL -- "-$(<"$group")" 2>/dev/null
+        if [[ -f $group ]] && kill -KILL -- "-$(<"$group")" 2>/dev/null; then
+            for _ in {1..50}; do
+                kill -0 -- "-$(<"$group")" 2>/dev/null || break
+                sleep 0.2
+            done
+        fi
         rm -f status
         rm -f /tmp/libtpu_lockfile || sudo rm -f /tmp/libtpu_lockfile
         export PATH="$PWD/.venv/bin:$PATH" JAX_NUM_PROCESSES=auto PYTHONUNBUFFERED=1

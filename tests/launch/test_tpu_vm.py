@@ -16,7 +16,11 @@ HERE = pathlib.Path(__file__).parent
 JOB = """
 cd "$FAKE"; echo >>starts$HOST; starts=$(wc -l <starts$HOST)
 echo "start $starts on $HOST with JAX_NUM_PROCESSES=$JAX_NUM_PROCESSES"
-test -f chips$HOST && kill -0 $(cat chips$HOST) 2>/dev/null && echo held on $HOST && exit 3
+for second in 1 2 3 4 5; do  # what was killed takes a moment to go; a zombie holds nothing
+    grep -q ') [^ZX]' /proc/$(cat chips$HOST 2>/dev/null)/stat 2>/dev/null || break
+    [ $second != 5 ] || { echo held on $HOST; exit 3; }
+    sleep 1
+done
 echo $$ >chips$HOST; touch host$HOST/ready
 set -- $1; shift $((starts - 1))
 test $HOST = 0 && end=${1%/*} || end=${1#*/}

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -55,7 +56,7 @@ PHASES = {
     "nothing": (module, "steps_in", lambda function: function),
     "late": (module, "steps_in", lambda f: lambda directory: [s for s in f(directory) if s < 3]),
     "elsewhere": (module, "steps_in", lambda function: lambda directory: []),
-    "list": (pathlib.Path, "iterdir", cannot_list),
+    "list": (type(epath.Path()), "iterdir", cannot_list),
     "record": (ocp.JsonCheckpointHandler, "restore", cannot_read_3),
     "tree": (ocp.PyTreeCheckpointHandler, "metadata", cannot_read_3),
     "tensors": (ocp.PyTreeCheckpointHandler, "restore", cannot_read_3),
