@@ -105,9 +105,9 @@ def test_only_gradients_leave_a_slice(tiny_config):
 def test_batch_that_does_not_divide_names_the_sizes_that_do():
     mesh = mesh_lib.make_mesh()
     mesh_lib.check_batch(64, 2, mesh)
-    with pytest.raises(ValueError, match=r"batch_size = 60 .* 8 device\(s\); .* 56, 64"):
+    with pytest.raises(ValueError, match=r"batch_size = 60 .* 8 device\(s\); .* 56 or 64"):
         mesh_lib.check_batch(60, 1, mesh)
-    with pytest.raises(ValueError, match=r"optim.accumulate = 2; .* 48, 64"):
+    with pytest.raises(ValueError, match=r"optim.accumulate = 2; .* 48 or 64"):
         mesh_lib.check_batch(56, 2, mesh)
 
 
