@@ -45,11 +45,10 @@ UNCOUNTED = {
 ON_ICI = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PASSES = {"high": 3, "highest": 6}  # of a float32 product, over factors in bfloat16
 
-# Without these JAX 0.10.2 cannot print a program of tpu7x: exchange handed to its sparse cores.
+# Without these JAX 0.10.2 cannot print some programs: exchange handed to sparse cores.
 _SPARSE = "xla_tpu_enable_sparse_core_collective_offload_"
-READABLE = {
-    "tpu7x": {_SPARSE + kind: False for kind in ("all_reduce", "all_gather", "reduce_scatter")}
-}
+_ON_MAIN_CORES = {_SPARSE + kind: False for kind in ("all_reduce", "all_gather", "reduce_scatter")}
+READABLE = {"v6e": _ON_MAIN_CORES, "tpu7x": _ON_MAIN_CORES}
 
 
 class Array(NamedTuple):
