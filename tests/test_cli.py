@@ -287,6 +287,7 @@ def test_a_machine_with_the_tpu_compiler_and_no_tpu_hears_nothing_of_it():
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
     code = (
         "import os; del os.environ['JAX_PLATFORMS']\n"
+        "for name in [x for x in os.environ if x.startswith('TPU_')]: del os.environ[name]\n"
         "from mae_jax import cli; cli._skip_absent_tpu()\n"
         "import jax; print(jax.devices()[0].platform)"
     )
