@@ -193,6 +193,11 @@ def set_up_logging() -> None:
     def is_shown(record: python_logging.LogRecord) -> bool:
         import jax
 
+        from mae_jax.distributed import fate
+
+        # Orbax's thread writes a traceback where a peer died, which is told in one line instead.
+        if record.exc_info and fate.caused_by_peer(record.exc_info[1]):
+            return False
         ours = record.pathname.startswith(package)
         return record.levelno >= python_logging.WARNING or (ours and jax.process_index() == 0)
 

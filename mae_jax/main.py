@@ -15,7 +15,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -59,14 +59,14 @@ from mae_jax.storage.processes import (
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
 from mae_jax.train.ledger import Ledger, summary
-from mae_jax.train.loop import Action, Totals, train
+from mae_jax.train.loop import Action, Totals, totals_from_json, totals_to_json, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.profiler import Profiled
-from mae_jax.train.programs import compile_ahead, keep_compiled
+from mae_jax.train.programs import keep_compiled
 from mae_jax.train.progress import with_clock
 from mae_jax.train.report import Reporter
 from mae_jax.train.state import TrainState
-from mae_jax.train.step import lower_step
+from mae_jax.train.step import compile_step
 from mae_jax.train.task import Task
 
 
@@ -238,10 +238,8 @@ def train_and_evaluate(
     start_step, total_steps = int(state.step), setup.task.total_steps
 
     # What a stop kept from being done with the state, and its unfinished log interval.
-    due, begun = before.get("due", ()), None
-    if "interval" in before:
-        sums = {name: np.float32(x) for name, x in before["interval"]["sums"].items()}
-        begun = Totals(sums, np.int32(before["interval"]["steps"]), np.int32(-1))
+    due = before.get("due", ())
+    begun = totals_from_json(before["interval"]) if "interval" in before else None
     timer = Timer(config.checkpoint.minutes)
 
     def save(step: int, state: TrainState, **more: Any) -> None:
@@ -259,9 +257,8 @@ def train_and_evaluate(
         checkpoints.save(step, state, record | more)
 
     def save_and_stop(step: int, state: TrainState, due: list[str], totals: Totals) -> None:
-        sums = {name: float(total) for name, total in totals.sums.items()}
-        interval = {"sums": sums, "steps": int(totals.count)}
-        save(step, state, due=[phase for phase in due if phase != "save"], interval=interval)
+        due = [phase for phase in due if phase != "save"]
+        save(step, state, due=due, interval=totals_to_json(totals))
 
     with closing(MetricsWriter(setup.workdir, start_step)) as writer:
         with ledger.during("features"):
@@ -289,15 +286,14 @@ def train_and_evaluate(
             task.draw_inputs(data, setup.workdir)
         positions = mesh_lib.local_positions(config.batch_size, mesh)
         with inputs.train_batches(positions, start_step, total_steps) as host_batches:
-            # Global batches, the next on its way while the current one is used.
-            arrays = ({name: batch[name] for name in task.batch_schema} for batch in host_batches)
-            sent = (mesh_lib.global_batch(x, positions, config.batch_size, mesh) for x in arrays)
-            batches = (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))
+            batches = on_devices(host_batches, task, positions)
             with ledger.during("compile"):
-                programs = {"step": lambda: [lower_step(task, setup.abstract).compile()]}
-                for action in (action for action in actions if action.compile is not None):
-                    programs[action.phase] = functools.partial(action.compile, setup.abstract)
-                [step] = compile_ahead(programs, setup.abstract)["step"]
+                others = {
+                    action.phase: functools.partial(action.compile, setup.abstract)
+                    for action in actions
+                    if action.compile is not None
+                }
+                step = compile_step(task, setup.abstract, others)
             # Until here Ctrl-C and SIGTERM end the run at once, from here on after a save. All
             # together: the first exchange between devices waits for nobody's compiler.
             in_every_process(stopping.arm)
@@ -320,6 +316,13 @@ def train_and_evaluate(
                     ledger=ledger,
                     begun=begun,
                 )
+
+
+def on_devices(host_batches: Iterable[dict], task: Task, positions: np.ndarray) -> Iterator[Any]:
+    """Global batches of these rows, the next on its way while the current one is used."""
+    arrays = ({name: batch[name] for name in task.batch_schema} for batch in host_batches)
+    sent = (mesh_lib.global_batch(x, positions, task.batch_size, task.mesh) for x in arrays)
+    return (current for current, _ in itertools.pairwise(itertools.chain(sent, [None])))
 
 
 def finish(setup: Setup, state: TrainState) -> None:

@@ -83,6 +83,26 @@ def run(workdir, devices=1, config="configs/quickstart.py", **fields):
     )
 
 
+def in_two_processes(command, devices):
+    """Run by launch/local.py, with so many devices each; the output of both is in stdout."""
+    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2"]
+    return subprocess.run(
+        [*launcher, f"--devices={devices}", "--", *command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+
+
+def assert_refused_in_one_line(done, message):
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def losses(workdir):
     lines = read_metrics(workdir / "metrics.jsonl")
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}

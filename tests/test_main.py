@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +17,7 @@ from program import (
     TFDS,
     command,
     environment,
+    in_two_processes,
     kill_at_random_moments,
     losses,
     progress,
@@ -252,15 +252,7 @@ def test_another_device_count_and_accumulation_continue_the_run(undisturbed, tmp
 
 
 def test_two_processes_of_four_devices_compute_what_one_device_does(undisturbed, tmp_path):
-    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=4"]
-    result = subprocess.run(
-        [*launcher, "--", *command(tmp_path, mesh__fsdp=2)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
+    result = in_two_processes(command(tmp_path, mesh__fsdp=2), devices=4)
     assert result.returncode == 0, result.stdout
     expected, found = losses(undisturbed), losses(tmp_path)
     assert expected.keys() == found.keys()
@@ -294,17 +286,9 @@ def test_processes_started_differently_end_at_once_and_name_the_difference(
         (tmp_path / f"{number}").mkdir()
         for letter in letters:
             Image.new("RGB", (32, 32)).save(tmp_path / f"{number}" / f"{letter}.png")
-    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=1"]
     line = shlex.join(command(tmp_path / "run")) + f" {option.format(folder=tmp_path)}"
     started = time.time()
-    result = subprocess.run(
-        [*launcher, "--", "bash", "-c", line],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
+    result = in_two_processes(["bash", "-c", line], devices=1)
     assert result.returncode == 2, result.stdout
     for process in (0, 1):
         assert re.search(rf"^\[{process}\] error: .*{message}", result.stdout, re.MULTILINE)

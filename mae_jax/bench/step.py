@@ -15,8 +15,8 @@ from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.tasks import create_task
 from mae_jax.train.loop import zero_totals
-from mae_jax.train.programs import compile_ahead, keep_compiled
-from mae_jax.train.step import lower_step
+from mae_jax.train.programs import keep_compiled
+from mae_jax.train.step import compile_step
 from mae_jax.train.throughput import peak_flops
 
 ROUNDS = 5
@@ -33,8 +33,7 @@ def main(config: ConfigDict) -> None:
     classes = config.head.classes or 1000
     task = create_task(config, 1000 * config.batch_size, classes, mesh)
     abstract = abstract_state(task.init, mesh)
-    programs = {"step": lambda: [lower_step(task, abstract).compile()]}
-    [step] = compile_ahead(programs, abstract)["step"]
+    step = compile_step(task, abstract)
     state = jax.jit(task.init, out_shardings=shardings_of(abstract))()
     totals = mesh_lib.replicate(zero_totals(task.metric_names), mesh)
     positions = mesh_lib.local_positions(config.batch_size, mesh)

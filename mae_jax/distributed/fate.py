@@ -91,19 +91,28 @@ def fail(error: BaseException) -> None:
         leave(BY_CTRL_C, "stopped by Ctrl-C")
     code = getattr(error, "exit_code", BUG)
     text = " ".join(str(error).split())
-    if code != BUG or isinstance(error, PeerError):
-        start = "error: " * (code != RETRY)
-        source = "" if text.startswith("process ") else f"process {peers.process}: "
-        leave(code, f"{start}{text}", f"{start}{source}{text}")
-    if _COMMUNICATION.search(f"{type(error).__name__}: {text}"):
-        # Most likely another process ended, and how will be known soon: `Peers` ends this one then.
+    if not isinstance(error, PeerError) and caused_by_peer(error):
+        # How that one ended will be known soon, and `Peers` ends this process then.
         peers.tell(0, "")
         time.sleep(SECONDS_SILENT + 5)
         code = LOST  # the network, then
+    elif code != BUG or isinstance(error, PeerError):
+        start = "error: " * (code != RETRY)
+        source = "" if text.startswith("process ") else f"process {peers.process}: "
+        leave(code, f"{start}{text}", f"{start}{source}{text}")
     traceback.print_exception(error)
     kind = f"{type(error).__name__}: {text}"[:500]
     told = f"error: process {peers.process} failed, its output has the traceback: {kind}"
     leave(code, f"process {peers.process} ends all others", told)
+
+
+def caused_by_peer(error: BaseException | None) -> bool:
+    """Whether this, or what it came from, is what the end of another process looks like in here."""
+    while peers is not None and error is not None:
+        if _COMMUNICATION.search(f"{type(error).__name__}: {error}"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def watch(client: Any, process: int, count: int, coordinator: str) -> None:

@@ -8,12 +8,16 @@ several processes JAX has the signal and its service tells the others.
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 from absl import logging
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from mae_jax.distributed import fate
+
+T = TypeVar("T")
 
 
 class StoppedError(Exception):
@@ -77,10 +81,12 @@ def poll() -> bool:
     return _stop.agreed
 
 
-def check() -> None:
-    """Raises StoppedError where it is time to leave; asked in what takes longer than a step."""
-    if poll():
-        raise StoppedError
+def until_told(items: Iterable[T]) -> Iterator[T]:
+    """The items of what takes longer than a step; StoppedError where it is time to leave."""
+    for item in items:
+        if poll():
+            raise StoppedError
+        yield item
 
 
 def count() -> int:

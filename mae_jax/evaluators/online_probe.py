@@ -15,7 +15,7 @@ from mae_jax.data.record import ArraySpec, DecodeError, Selection
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes
 from mae_jax.distributed.sharding import abstract_state, shardings_of
-from mae_jax.distributed.stopping import check
+from mae_jax.distributed.stopping import until_told
 from mae_jax.evaluators.over_split import OverSplit, Results, rows
 from mae_jax.evaluators.probes import knn_accuracy, ridge_probe
 from mae_jax.models.classifier import pool_tokens
@@ -133,11 +133,7 @@ class Probe:
             if self._keep and part.batches is None:
                 sizes = {"batch_size": run.batch_size, "positions": run.positions}
                 with eval_batches(part, self._transform, **sizes, **self._loading) as batches:
-                    kept = []
-                    for batch in batches:
-                        check()
-                        kept.append(batch)
-                    part.batches = kept
+                    part.batches = list(until_told(batches))
             if part.batches is not None:
                 results = run(params, part.batches, examples=len(part), label="probe")
             else:

@@ -27,7 +27,7 @@ from mae_jax.distributed.mesh import (
     local_positions,
     replicated,
 )
-from mae_jax.distributed.stopping import check
+from mae_jax.distributed.stopping import until_told
 from mae_jax.storage.files import complete_or_absent
 from mae_jax.storage.processes import in_every_process
 
@@ -82,8 +82,7 @@ class OverSplit:
         running, problem = None, None
         with _progress(examples, label) as progress:
             try:
-                for number, batch in enumerate(batches):
-                    check()
+                for number, batch in enumerate(until_told(batches)):
                     batch = {name: batch[name] for name in self._names or batch}
                     batch = global_batch(batch, self.positions, self.batch_size, self.mesh)
                     before, running = running, self._function(params, batch, np.int32(number))

@@ -113,10 +113,15 @@ class Claim:
         return False
 
     def _taken(self, found: dict[str, Any]) -> str:
-        return (
-            f"--workdir={self._path.parent}: another run trains here ({_owner(found)}); wait for "
-            "its end, stop it, or choose another --workdir"
-        )
+        return taken(self._path.parent, _owner(found))
+
+
+def taken(workdir: epath.Path, owner: str) -> str:
+    """What to say to whoever starts a second run in `workdir`."""
+    return (
+        f"--workdir={workdir}: another run trains here ({owner}); wait for its end, stop it, or "
+        "choose another --workdir"
+    )
 
 
 def _owner(found: dict[str, Any]) -> str:

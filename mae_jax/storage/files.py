@@ -208,7 +208,8 @@ def append_line(path: PathLike, line: str) -> None:
         before = b""
         with contextlib.suppress(FileNotFoundError):
             before = _bucket().cat_file(os.fspath(path))
-        write_atomically(path, before + f"{line}\n".encode())
+        with complete_or_absent(path) as temporary:  # tried again here, and here alone
+            temporary.write_bytes(before + f"{line}\n".encode())
         return
     with explain_failure(path), path.open("a") as file:
         file.write(line + "\n")

@@ -19,7 +19,7 @@ from etils import epath
 from jax._src import distributed  # whose store of keys and values has no public name
 
 from mae_jax import PeerError, TryAgainError, UserError
-from mae_jax.storage.claim import Claim
+from mae_jax.storage.claim import Claim, taken
 from mae_jax.storage.files import explain_failure, in_bucket
 
 T = TypeVar("T")
@@ -174,10 +174,7 @@ def _lock(path: epath.Path) -> int | None:
         holder = os.read(file, 1000).decode(errors="replace").strip()
         os.close(file)
         if getattr(error, "errno", None) in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(
-                f"--workdir={path.parent}: another run trains here ({holder or 'not yet named'}); "
-                "wait for its end, stop it, or choose another --workdir"
-            ) from None
+            raise UserError(taken(path.parent, holder or "not yet named")) from None
         logging.info("%s: no locks here (%s)", path.parent, error)
         return None
     os.ftruncate(file, 0)

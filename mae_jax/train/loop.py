@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mae_jax import UserError
 from mae_jax.distributed.stopping import StoppedError
@@ -35,6 +36,18 @@ def add_totals(totals: Totals, metrics: Metrics, step: jax.Array) -> Totals:
     return Totals(sums, totals.count + 1, bad_step)
 
 
+def totals_to_json(totals: Totals) -> dict[str, Any]:
+    """Host totals of finite steps, as a checkpoint's record keeps an unfinished interval."""
+    sums = {name: float(total) for name, total in totals.sums.items()}
+    return {"sums": sums, "steps": int(totals.count)}
+
+
+def totals_from_json(record: dict[str, Any]) -> Totals:
+    """The inverse of `totals_to_json`."""
+    sums = {name: np.float32(total) for name, total in record["sums"].items()}
+    return Totals(sums, np.int32(record["steps"]), np.int32(-1))
+
+
 StepFn = Callable[[TrainState, Totals, Any], tuple[TrainState, Totals]]
 
 
@@ -48,6 +61,11 @@ class Action(NamedTuple):
     compile: Callable[[TrainState], Sequence[jax.stages.Compiled]] | None = None
     # Asked at the end of every log interval: True makes it due besides.
     also: Callable[[], bool] | None = None
+
+    def is_due(self, done: int, total_steps: int, log_every: int) -> bool:
+        """Whether it is to be done after `done` steps."""
+        also = self.also is not None and done % log_every == 0 and self.also()  # all must ask
+        return also or done == total_steps or (self.every > 0 and done % self.every == 0)
 
 
 class Interval(NamedTuple):
@@ -144,12 +162,7 @@ def train(
                 start, newest = now, done
                 totals = place_totals(zero_totals(metric_names))
 
-            wanted = {x.phase for x in actions if x.also and done % log_every == 0 and x.also()}
-            due = [
-                x
-                for x in actions
-                if last or x.phase in wanted or (x.every > 0 and done % x.every == 0)
-            ]
+            due = [action for action in actions if action.is_due(done, total_steps, log_every)]
             stopped = stop_requested()
             if due or stopped:
                 flush()

@@ -1,5 +1,6 @@
 """The training step of any task as one program."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,8 +8,16 @@ import jax
 from mae_jax.distributed.mesh import abstract_batch, batch_sharding, replicated
 from mae_jax.distributed.sharding import shardings_of
 from mae_jax.train.loop import add_totals, zero_totals
+from mae_jax.train.programs import Compile, compile_ahead
 from mae_jax.train.state import TrainState
 from mae_jax.train.task import Task
+
+
+def compile_step(task: Task, abstract: Any, others: Mapping[str, Compile] | None = None) -> Any:
+    """(state, totals, batch) -> (state, totals); `others`: what is compiled at the same time."""
+    programs = {"step": lambda: [lower_step(task, abstract).compile()], **(others or {})}
+    [step] = compile_ahead(programs, abstract)["step"]
+    return step
 
 
 def lower_step(task: Task, abstract: Any) -> Any:

@@ -9,6 +9,7 @@ every row of every batch was is noted there too, in WORKDIR-examples.jsonl.
 import contextlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -84,6 +85,7 @@ def main(action, process, phase, nth, options):
                 yield
 
         Ledger.during = faulty
+    logging.root.handlers.clear()  # which imports above made: the program logs as it always does
     raise SystemExit(start("train", options))
 
 

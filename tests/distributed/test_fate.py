@@ -99,10 +99,14 @@ def test_an_error_in_one_process_ends_all_within_seconds(launch, tmp_path, fault
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("action", ["kill", "freeze"])
-def test_a_lost_peer_is_named_in_one_plain_line(launch, tmp_path, action, victim):
+@pytest.mark.parametrize(
+    ("action", "moment"),
+    [("kill", "data 6"), ("freeze", "data 6"), ("kill", "save 1"), ("kill", "save 2")],
+)
+def test_a_lost_peer_is_named_in_one_plain_line(launch, tmp_path, action, moment, victim):
     """Killed, or stopped as a machine that hangs is: the launcher kills that at the end."""
-    done = launch(tmp_path / "run", f"{action} {victim} data 6", "--grace=50", steps=40)
+    fields = {"steps": 40, "checkpoint__every": 2 if "save" in moment else 4}
+    done = launch(tmp_path / "run", f"{action} {victim} {moment}", "--grace=50", **fields)
     codes, seconds = ends(done.stdout)
     assert codes == [134, 137]
     assert seconds < 60

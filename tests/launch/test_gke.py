@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.program import ROOT
+from tests.program import ROOT, assert_refused_in_one_line
 
 yaml = pytest.importorskip("yaml", reason="manifests need PyYAML")
 HERE = pathlib.Path(__file__).parent
@@ -170,8 +170,4 @@ def test_is_given_to_kubectl(tmp_path):
     ],
 )
 def test_refuses_in_one_line(options, message):
-    done = gke(*options)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert_refused_in_one_line(gke(*options), message)

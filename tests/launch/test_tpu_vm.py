@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.program import ROOT
+from tests.program import ROOT, assert_refused_in_one_line
 
 HERE = pathlib.Path(__file__).parent
 # Counts its starts on this host over all pods, then ends as planned: with an exit status, or `wait`
@@ -204,8 +204,4 @@ def test_dry_runs_of_logs_and_delete():
     ],
 )
 def test_refuses_in_one_line(options, message):
-    done = run(*options)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert_refused_in_one_line(run(*options), message)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
-from program import PLAIN, ROOT, command, environment, kill_at_random_moments, losses, run
+from program import (
+    PLAIN,
+    ROOT,
+    command,
+    environment,
+    in_two_processes,
+    kill_at_random_moments,
+    losses,
+    run,
+)
 
 from mae_jax.train.metrics import read_metrics
 
@@ -132,15 +141,7 @@ def test_killed_and_restarted_the_run_ends_bit_identical(recipe, pretrained, tmp
 def test_two_processes_compute_what_one_does(recipe, pretrained, tmp_path):
     fields = {**recipe, "init_from": pretrained, "steps": 4}
     assert run(tmp_path / "one", **fields).returncode == 0
-    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=2"]
-    result = subprocess.run(
-        [*launcher, "--", *command(tmp_path / "two", **fields, mesh__fsdp=2)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
+    result = in_two_processes(command(tmp_path / "two", **fields, mesh__fsdp=2), devices=2)
     assert result.returncode == 0, result.stdout
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
