@@ -36,7 +36,7 @@ from mae_jax import config as config_lib
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
 from mae_jax.planning import bundles, cost, program
-from mae_jax.planning.chips import GIB, PRICES_OF, Chip, Pod, parse_pod
+from mae_jax.planning.chips import PRICES_OF, Chip, Pod, parse_pod
 from mae_jax.planning.figures import Layout, Plan, out_of_memory
 from mae_jax.planning.search import cheapest, modelled, order, resized, search, spent
 from mae_jax.planning.table import amount, compared, describe, needs
@@ -173,9 +173,8 @@ class Planner:
         logging.info("compiling for %s: %s; this takes minutes ...", pod.name, layout)
         started = time.time()
         try:
-            options = program.READABLE.get(pod.chip.name)
             lowered = lower_step(task, abstract)
-            compiled = with_clock("compiling", lambda: lowered.compile(compiler_options=options))
+            compiled, read = with_clock("compiling", lambda: program.compile_and_read(lowered))
         except jax.errors.JaxRuntimeError as error:
             plan = out_of_memory(plan, str(error))
             if plan is None:
@@ -184,17 +183,6 @@ class Planner:
             return plan
         seconds = time.time() - started
         logging.info("compiled in %.0f s", seconds)
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:  # seen of JAX 0.10.2, see `program.READABLE`
-            peak = compiled.memory_analysis().peak_memory_in_bytes / GIB
-            raise UserError(
-                f"{pod.name}: the step compiles and takes {peak:.2f} of "
-                f"{pod.chip.device_bytes / GIB:.2f} GiB a device, but this JAX cannot print its "
-                f"program, from which times are read ({str(error).splitlines()[0][:120]}); "
-                "another batch, layout or pod may do"
-            ) from error
-        read = program.read(text)
         return dataclasses.replace(
             plan,
             program=read,

@@ -1,4 +1,4 @@
-"""What a compiled TPU program does, read from its text (`compiled.as_text()`).
+"""What a compiled TPU program does, read from the text that the compiler writes of it.
 
 The text is scheduled and laid out: it says in which order instructions run, how their arrays are
 tiled, and which lie in the chip's own memory (`S(1)`) rather than in HBM. Instructions in loops
@@ -9,10 +9,13 @@ import collections
 import dataclasses
 import functools
 import math
+import pathlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 # By the names that modules and scopes leave in the program, forwards and backwards; first match.
@@ -34,7 +37,12 @@ FREE = {
     *("partition-id", "replica-id", "opt-barrier", "add-dependency"),
 }
 FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding")
-COPIES = ("copy-start", "slice-start")  # go on beside other instructions
+# The attribute that names what they do.
+BODIES = {
+    **{"fusion": "calls", "async-start": "calls"},
+    **{"call": "to_apply", "custom-call": "called_computations"},
+}
+COPIES = ("copy-start", "slice-start", "async-start")  # go on beside other instructions
 SLICES = ("slice", "dynamic-slice", "gather")  # read as much of their operand as they return
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write this operand into the first, in place
 # No vector work: matrix work, or only told from where to read.
@@ -44,11 +52,6 @@ UNCOUNTED = {
 }
 ON_ICI = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PASSES = {"high": 3, "highest": 6}  # of a float32 product, over factors in bfloat16
-
-# Without these JAX 0.10.2 cannot print some programs: exchange handed to sparse cores.
-_SPARSE = "xla_tpu_enable_sparse_core_collective_offload_"
-_ON_MAIN_CORES = {_SPARSE + kind: False for kind in ("all_reduce", "all_gather", "reduce_scatter")}
-READABLE = {"v6e": _ON_MAIN_CORES, "tpu7x": _ON_MAIN_CORES}
 
 
 class Array(NamedTuple):
@@ -150,6 +153,19 @@ class Program:
         return counts
 
 
+def compile_and_read(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Program]:
+    """The executable, and its program as the TPU's compiler writes it into a file.
+
+    `compiled.as_text()` would parse it first: in JAX 0.10.2 that fails where work, such as gathers
+    on v6e and tpu7x, is handed to the sparse cores.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        [text] = pathlib.Path(folder).glob("*.after_codegen.txt")
+        return compiled, read(text.read_text())
+
+
 def read(text: str) -> Program:
     """The program of `text`."""
     _, *parts = re.split(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
@@ -178,8 +194,8 @@ class _Line:
 
     @property
     def body(self) -> list["_Line"]:
-        """What a fusion does."""
-        return self.called.get("calls", []) if self.opcode in ("fusion", "async-start") else []
+        """What a fusion, a call or something begun does."""
+        return self.called.get(BODIES.get(self.opcode, ""), [])
 
     @functools.cached_property
     def everything(self) -> list["_Line"]:
@@ -214,7 +230,7 @@ def _line(text: str, lines: dict[str, _Line], computations: dict[str, list[_Line
     rest = text[opcode.end() :] if opcode[1] in ("constant", "parameter") else text[close:]
     called = {
         attribute: computations[name]
-        for attribute, name in re.findall(r"(\w+)=%?([\w.\-]+)", rest)
+        for attribute, name in re.findall(r"(\w+)=\{?%?([\w.\-]+)", rest)
         if name in computations
     }
     if branches := re.search(r"branch_computations=\{([^}]*)\}", rest):
@@ -280,7 +296,9 @@ def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
                 collective = None if chain in chains else collective
                 chains.add(chain)
             traffic = [] if collective else list(_traffic(line))
-            waits = line.opcode.endswith("-done") and line.operands
+            waits = line if line.opcode.endswith("-done") and line.operands else None
+            while waits and waits.opcode.endswith(("-done", "-update")):
+                waits = waits.operands[0]
             yield Instruction(
                 name=line.name,
                 opcode=line.opcode,
@@ -293,7 +311,7 @@ def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
                 estimated_cycles=int(line.find(r'"estimated_cycles":"(\d+)"', "0")),
                 collective=collective,
                 starts=line.opcode in COPIES,
-                waits_for=line.operands[0].name if waits else "",
+                waits_for=waits.name if waits else "",
             )
 
 
@@ -385,7 +403,7 @@ def _meetings(
 
 def _registers(line: _Line) -> collections.Counter[str]:
     registers: collections.Counter[str] = collections.Counter()
-    for x in line.everything:
+    for x in line.everything if line.opcode not in COPIES else ():
         if x.opcode in FREE | UNCOUNTED or x.collective or x.opcode.endswith("-done"):
             continue
         read = x.operands[0].arrays if x.operands else x.arrays
@@ -399,8 +417,12 @@ def _registers(line: _Line) -> collections.Counter[str]:
 
 def _traffic(line: _Line) -> Iterator[tuple[int, bool]]:
     """(bytes, whether in HBM) of all that an instruction reads and writes."""
-    if line.opcode.endswith("-done") or line.opcode in ("send", "recv"):
+    if line.opcode.endswith(("-done", "-update")) or line.opcode in ("send", "recv", *FREE):
         return  # counted at the start; over links
+    if line.opcode in BODIES and line.opcode != "fusion" and line.body:  # also on sparse cores
+        for x in line.body:
+            yield from _traffic(x)
+        return
     if line.opcode in COPIES:
         ends = line.arrays[:2]  # both, a slice's second the smaller
         yield from ((min(array.padded for array in ends), array.in_hbm) for array in ends)

@@ -26,9 +26,7 @@ def compiled(tiny_config):
         mesh = mesh_lib.make_mesh(-1, tiny_config.mesh.fsdp, list(pod.topology().devices))
         task = create_task(tiny_config, 100, None, mesh)
         state = abstract_state(task.init, mesh)
-        options = program.READABLE.get(pod.chip.name)
-        text = lower_step(task, state).compile(compiler_options=options).as_text()
-        read = program.read(text)
+        _, read = program.compile_and_read(lower_step(task, state))
         return task, state, read, cost.communication(read, pod, list(mesh.devices.flat))
 
     return step
