@@ -104,6 +104,8 @@ FIELDS = {
     # Examples that share batch-norm statistics: the reference's 512 of one GPU.
     "head.norm_group": Field(512, "[0, inf)", "examples normalised together; 0: all", PROBE),
     "augment.randaugment": Field("", ANY, "timm's notation, as rand-m9-mstd0.5-inc1", CLASSIFY),
+    # Brightness, contrast and saturation by up to 1 - s to 1 + s, hue by s / 4 of its circle.
+    "augment.color_jitter": Field(0.0, "[0, 2]", "strength s; 0: none, 0.4 is usual", MAE),
     "augment.erasing": Field(0.0, "[0, 1]", "probability", CLASSIFY),
     "augment.mixup": Field(0.0, "[0, inf)", "alpha of the Beta distribution; 0: none", CLASSIFY),
     "augment.cutmix": Field(0.0, "[0, inf)", "alpha of the Beta distribution; 0: none", CLASSIFY),
@@ -116,9 +118,12 @@ FIELDS = {
     "data.dir": Free("", ANY, "TFDS data dir, or the folder of images"),
     "data.train_split": Field("train", ANY, "as TFDS spells it"),
     "data.eval_split": Field("validation", ANY, "as TFDS spells it"),
-    # `single_try` is for linear probing; `centre` is table 1e's "none".
+    # `single_try` is for linear probing. Table 1e: `fixed`, 256 px cut to 224 anywhere, and with
+    # data.flip=False `centre`, its "none". These two have a scale of their own.
     "data.crop": Field(
-        "random_resized", ("random_resized", "single_try", "centre"), "of training pictures"
+        "random_resized",
+        ("random_resized", "single_try", "fixed", "centre"),
+        "of training pictures",
     ),
     "data.scale": Field((0.2, 1.0), "(0, 1]", "area of the crop: lowest,highest"),
     "data.ratio": Field((3 / 4, 4 / 3), "(0, inf)", "aspect of the crop: lowest,highest"),
@@ -428,6 +433,9 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         yield f"mask.ratio = {config.mask.ratio} keeps {kept}: one at least must stay, and one go"
     if not config.steps and not config.epochs:
         yield "set steps or epochs: one of them must be above 0"
+    if config.augment.color_jitter and model.channels != 3:
+        what = f"hue and saturation are of 3 channels, and model.channels = {model.channels}"
+        yield f"augment.color_jitter = {config.augment.color_jitter}: {what}; leave it 0.0"
     if batch % config.optim.accumulate:
         parts = config.optim.accumulate
         yield f"batch_size = {batch} does not divide into optim.accumulate = {parts} equal parts"

@@ -1,8 +1,8 @@
 """How fast the input pipeline is, and how true, beside the same work done with Pillow alone.
 
 Both ways to resize (`data.resize`) and the plain one fill the same batches, with the same crops, in
-the same threads or workers; RandAugment is the same code. They take turns, round by round, because
-other work on the machine disturbs all; CPU-seconds are disturbed least.
+the same threads or workers; RandAugment and colour jitter are the same code. They take turns, round
+by round, because other work on the machine disturbs all; CPU-seconds are disturbed least.
 
 Of prepared data sets it also tells how often an epoch reads storage in either `data.order`, counted
 without reading: in a bucket every read is a request, which takes its time and costs money.
@@ -56,7 +56,7 @@ class Plain(TrainTransform):
         corners = (left, top, left + w, top + h)
         image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=corners)
         pixels = np.asarray(image).reshape(*self.size, self.channels)
-        return {"image": self.randaugment(pixels, rng) if self.randaugment else pixels}
+        return {"image": self.augmented(pixels, rng)}
 
 
 def main(config: ConfigDict) -> None:
@@ -174,8 +174,8 @@ def _seconds() -> np.ndarray:
 
 
 def _crops(splits: Splits, transform: TrainTransform) -> list[np.ndarray]:
-    """The first crops of the run without RandAugment, each [H, W, C] float."""
-    transform = dataclasses.replace(transform, randaugment=None)
+    """The first crops of the run, not augmented, each [H, W, C] float."""
+    transform = dataclasses.replace(transform, randaugment=None, color_jitter=None)
     source, seed = splits.train, splits.seed
     records = (source[example_index(seed, g, len(source))] for g in range(COMPARED))
     made = (transform(record, example_rng(seed, g)) for g, record in enumerate(records))

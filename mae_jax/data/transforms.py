@@ -13,6 +13,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from mae_jax import UserError
+from mae_jax.data.color_jitter import ColorJitter
 from mae_jax.data.randaugment import RandAugment
 from mae_jax.data.record import ArraySpec, DecodeError, Record
 
@@ -210,17 +211,35 @@ def centre_box(
 
     ``crop_ratio``: crop over resized short side; None: MAE's, 224 / 256 up to 224 px, else 1.
     """
-    crop_ratio = crop_ratio or (224 / 256 if max(size) <= 224 else 1.0)
-    out_h, out_w = size
-    full_h, full_w = int(out_h / crop_ratio), int(out_w / crop_ratio)
-    # The smallest resized picture that covers full_h x full_w; whole pixels as torchvision cuts.
+    new = _resized(height, width, size, crop_ratio or (224 / 256 if max(size) <= 224 else 1.0))
+    top, left = (round((full - out) / 2) for full, out in zip(new, size, strict=True))
+    return _before_resizing((top, left, *size), (height, width), new)
+
+
+def fixed_crop_box(rng: np.random.Generator, height: int, width: int, size: tuple[int, int]) -> Box:
+    """Draws the part that "resize the short side, then crop anywhere" shows (paper, table 1e).
+
+    The short side becomes 256 for a crop of 224, in proportion for other sizes. The paper does not
+    say to what it resizes: this is the scale of its evaluation.
+    """
+    new = _resized(height, width, size, 224 / 256)
+    box = _placed(rng, *new, *size)
+    return _before_resizing(box, (height, width), new)
+
+
+def _resized(height: int, width: int, size: tuple[int, int], crop_ratio: float) -> tuple[int, int]:
+    """The smallest resized picture that covers size / crop_ratio; whole pixels as torchvision's."""
+    full_h, full_w = int(size[0] / crop_ratio), int(size[1] / crop_ratio)
     if height * full_w <= width * full_h:
-        new_h, new_w = full_h, max(full_w, int(full_h * width / height))
-    else:
-        new_h, new_w = max(full_h, int(full_w * height / width)), full_w
-    top, left = round((new_h - out_h) / 2), round((new_w - out_w) / 2)
-    dy, dx = height / new_h, width / new_w
-    return top * dy, left * dx, out_h * dy, out_w * dx
+        return full_h, max(full_w, int(full_h * width / height))
+    return max(full_h, int(full_w * height / width)), full_w
+
+
+def _before_resizing(box: Box, old: tuple[int, int], new: tuple[int, int]) -> Box:
+    """A box of a picture resized from `old` to `new`, in pixels of the old one."""
+    dy, dx = old[0] / new[0], old[1] / new[1]
+    top, left, h, w = box
+    return top * dy, left * dx, h * dy, w * dx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,30 +258,37 @@ class _Crop:
 class TrainTransform(_Crop):
     """Decode, random crop, resize: what MAE pretrains on, but for the flip (MAE, Table 8).
 
-    ``crop="single_try"`` draws the crop once (linear probing); ``crop="centre"`` takes the
-    evaluation crop instead of a random one (MAE, Table 1e, "none").
+    ``crop="single_try"`` draws the crop once (linear probing); ``crop="fixed"`` keeps the scale and
+    draws the place; ``crop="centre"`` takes the evaluation crop (MAE, Table 1e, "none").
     """
 
     scale: Range = (0.2, 1.0)  # share of the picture's area
     ratio: Range = (3 / 4, 4 / 3)  # width over height
-    crop: str = "random_resized"  # one of `RANDOM_CROPS`, or `centre`
+    crop: str = "random_resized"  # one of `RANDOM_CROPS`, `fixed` or `centre`
     resize: str = "exact"  # one of `RESIZES`
     randaugment: RandAugment | None = None  # done to the resized crop (fine-tuning)
+    color_jitter: ColorJitter | None = None  # likewise (MAE, Table 1e)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode(record.image, self.channels, record.name, upright=record.upright)
         crop = RESIZES[self.resize](image, self.box(rng, *image.shape[:2]), self.size)
-        if self.randaugment is None:
-            return {"image": crop}
+        return {"image": self.augmented(crop, rng)}
+
+    def augmented(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A resized crop, uint8 [*size, C], with what is done to it on the host."""
+        if self.color_jitter is not None:  # pixel by pixel: as good before the flip as after it
+            crop = self.color_jitter(crop, rng)
         # The recipe flips before RandAugment; here the device flips after it, which is equal in
         # distribution: mirrored, an op is the same with the other sign, which is as likely. But
         # ShearY holds the left edge in place: half of its results are mirrored ones here.
-        return {"image": self.randaugment(crop, rng)}
+        return crop if self.randaugment is None else self.randaugment(crop, rng)
 
     def box(self, rng: np.random.Generator, height: int, width: int) -> Box:
         """The crop of a picture of height x width pixels; consumes ``rng`` if it is random."""
         if self.crop == "centre":
             return centre_box(height, width, self.size)
+        if self.crop == "fixed":
+            return fixed_crop_box(rng, height, width, self.size)
         return RANDOM_CROPS[self.crop](rng, height, width, self.scale, self.ratio)
 
 

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
+from mae_jax.data.color_jitter import ColorJitter
 from mae_jax.data.order import Windows
 from mae_jax.data.randaugment import parse_randaugment
 from mae_jax.data.sources import open_source
@@ -23,7 +24,7 @@ def open_splits(config: ConfigDict) -> Splits:
         if config.head.classes not in (0, classes):
             what = f"head.classes = {config.head.classes}, but {train.name} has {classes} classes"
             raise UserError(f"{what}; 0 takes the data set's")
-    spec = config.augment.randaugment
+    spec, jitter = config.augment.randaugment, config.augment.color_jitter
     fill = tuple(round(255 * mean) for mean in data.mean)
     return Splits(
         train=train,
@@ -36,6 +37,7 @@ def open_splits(config: ConfigDict) -> Splits:
             crop=data.crop,
             resize=data.resize,
             randaugment=parse_randaugment(spec, fill) if spec else None,
+            color_jitter=ColorJitter(jitter) if jitter else None,
         ),
         eval_transform=EvalTransform(size, config.model.channels, data.eval_crop or None),
         seed=config.seed,

@@ -15,6 +15,7 @@ from mae_jax.data.transforms import (
     TrainTransform,
     centre_box,
     decode,
+    fixed_crop_box,
     random_resized_crop_box,
     resize_exact,
     resize_fast,
@@ -349,6 +350,32 @@ def test_eval_transform_is_pillows_resize_then_centre_crop(shape, side):
     assert (difference > 1).mean() < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (256, 256), (100, 90)])
+@pytest.mark.parametrize(("size", "short"), [((224, 224), 256), ((96, 96), 109), ((384, 384), 438)])
+def test_fixed_crop_is_pillows_resize_of_the_short_side_then_a_crop_anywhere(shape, size, short):
+    image = Image.fromarray(photograph("pagoda")).resize(shape[::-1])
+    record, (h, w) = Record(np.asarray(image), 0, "x"), shape
+    new = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)  # torchvision
+    resized = np.asarray(image.resize(new[::-1], Image.BICUBIC))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        top, left = (int(rng.integers(0, a - b + 1)) for a, b in zip(new, size, strict=True))
+        expected = resized[top : top + size[0], left : left + size[1]]
+        out = TrainTransform(size, crop="fixed")(record, np.random.default_rng(seed))["image"]
+        difference = np.abs(out.astype(int) - expected)
+        assert difference.mean() < 0.25
+        assert (difference > 1).mean() < 1e-3
+
+
+def test_fixed_crops_lie_anywhere_and_have_one_size():
+    rng = np.random.default_rng(0)
+    boxes = np.array([fixed_crop_box(rng, 512, 1024, (224, 224)) for _ in range(3000)])
+    np.testing.assert_allclose(boxes[:, 2:], 448)  # 224 of 256, enlarged twice
+    tops, lefts = boxes[:, 0] / 2, boxes[:, 1] / 2
+    assert set(np.unique(tops.round(6))) == set(range(256 - 224 + 1))
+    assert np.quantile(lefts, [0, 0.5, 1]) == pytest.approx([0, 144, 288], abs=6)
+
+
 @pytest.mark.parametrize("size", [(96, 192), (192, 96), (300, 100)])
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
 def test_centre_crop_of_a_rectangle_keeps_proportions_and_stays_inside(size, shape):
@@ -388,7 +415,7 @@ def test_training_crop_is_the_one_named(crop, draw):
     assert boxes == expected
 
 
-@pytest.mark.parametrize("crop", ["random_resized", "single_try", "centre"])
+@pytest.mark.parametrize("crop", ["random_resized", "single_try", "fixed", "centre"])
 def test_training_picture_is_the_box_resized_then_augmented_by_the_same_generator(crop):
     image = photograph("coffee")
     record = Record(image, 0, "x")
@@ -428,7 +455,7 @@ def test_gray_pictures_are_augmented_with_one_value_of_fill():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tiny_pictures_work(shape, channels):
     data = encoded(Image.new("RGB", shape[::-1], (10, 200, 30)), "PNG")
-    for crop in ("random_resized", "single_try", "centre"):
+    for crop in ("random_resized", "single_try", "fixed", "centre"):
         transform = TrainTransform((32, 48), channels, crop=crop)
         for seed in range(5):
             out = transform(Record(data, 0, "x"), np.random.default_rng(seed))["image"]
