@@ -24,6 +24,7 @@ from typing import Any
 from absl import logging
 
 from mae_jax import PeerError
+from mae_jax.storage.retry import with_causes
 
 BUG, MENDABLE, RETRY, BY_CTRL_C, LOST = 1, 2, 42, 130, 134
 
@@ -108,11 +109,8 @@ def fail(error: BaseException) -> None:
 
 def caused_by_peer(error: BaseException | None) -> bool:
     """Whether this, or what it came from, is what the end of another process looks like in here."""
-    while peers is not None and error is not None:
-        if _COMMUNICATION.search(f"{type(error).__name__}: {error}"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    texts = (f"{type(one).__name__}: {one}" for one in with_causes(error))
+    return peers is not None and any(_COMMUNICATION.search(text) for text in texts)
 
 
 def watch(client: Any, process: int, count: int, coordinator: str) -> None:

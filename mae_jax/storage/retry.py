@@ -35,10 +35,11 @@ T = TypeVar("T")
 
 def is_transient(error: BaseException) -> bool:
     """Whether storage may well answer a little later, to which this error or its cause points."""
-    return any(_points_there(one) for one in _with_causes(error))
+    return any(_points_there(one) for one in with_causes(error))
 
 
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
