@@ -23,6 +23,7 @@ from mae_jax import UserError
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.masking import SAMPLERS, num_kept
 from mae_jax.models.targets import TARGETS
+from mae_jax.models.targets.hog import CELL
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
 from mae_jax.train.optimizers import OPTIMIZERS, hyperparameters
 
@@ -420,6 +421,10 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             near = f"the nearest that are: {lower or patch}, {lower + patch}"
             wrong = f"{name} {side} is not divisible by model.patch_size = {patch}"
             yield f"model.image_size: {wrong}; {near}"
+    if config.target == "hog" and patch % CELL:
+        lower = patch // CELL * CELL
+        near = f"give {lower or CELL} or {lower + CELL}, or another target"
+        yield f"model.patch_size = {patch}: target hog has cells of {CELL} pixels; {near}"
     encoder = "model", model.width or shape.width, model.heads or shape.heads
     for name, width, heads in (encoder, ("decoder", config.decoder.width, config.decoder.heads)):
         if width % 4:

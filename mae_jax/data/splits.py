@@ -45,6 +45,13 @@ class Splits:
         options = {"batch_size": batch_size, "positions": positions, **self.loading}
         return pipeline.eval_batches(self.eval, self.eval_transform, **options)
 
+    def crops(self) -> pipeline.Batches:
+        """An epoch of training crops, in whole batches of 64 at most, all in every process."""
+        size = min(64, len(self.train))
+        options = {"seed": self.seed, "batch_size": size, "positions": np.arange(size)}
+        options |= {"end_step": -(-len(self.train) // size), **self.loading}
+        return pipeline.train_batches(self.train, self.train_transform, **options)
+
     @property
     def loading(self) -> dict:
         """How `pipeline` is to load batches of either split."""

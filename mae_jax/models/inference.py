@@ -87,7 +87,8 @@ def reconstruct(
     x = normalize(images, mean, std)
     output = model.apply({"params": params}, x, masking)
     result = {"mask": masking.mask, "loss": output.loss}
-    patches = model.target.to_pixels(output.predictions, x, params.get("target_state"))
+    predicted, state = output.predictions, params.get("target_state")
+    patches = model.target.to_pixels(predicted, x, masking.mask, state)
     if patches is None:
         return result
     p, size = model.encoder.patch_size, images.shape[1:3]

@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,6 +21,7 @@ from mae_jax.models.masking import Masking, sample_masking
 from mae_jax.models.patches import normalize
 from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
+from mae_jax.storage.processes import in_every_process
 from mae_jax.tasks.base import EVAL, INIT, TRAIN, BaseTask, how_computed
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
@@ -40,12 +43,16 @@ class Pretrain(BaseTask):
 
     def prepare(self, state: TrainState, data: Splits) -> TrainState:
         """Fits the state of the target to training images, where it has one to be fitted."""
-        target = self.model.target
-        if not target.fit_examples:
+        if not self.model.target.fitted:
             return state
-        images, _, _ = data.examples(data.train, target.fit_examples)
-        # Every process computes it alike.
-        fitted = jax.device_get(jax.jit(target.fit)(normalize(images, self.mean, self.std)))
+
+        def fit() -> Any:
+            with data.crops() as batches:
+                images = (normalize(batch["image"], self.mean, self.std) for batch in batches)
+                return self.model.target.fit(map(np.asarray, images))
+
+        # All compute it alike, but for the last bits where their CPUs are not of one kind.
+        fitted = multihost_utils.broadcast_one_to_all(in_every_process(fit))
         fitted = place(fitted, shardings_of(state.frozen["target_state"]))
         return state.replace(frozen={**state.frozen, "target_state": fitted})
 

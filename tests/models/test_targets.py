@@ -9,15 +9,18 @@ import optax
 import pytest
 
 from mae_jax import UserError, main
+from mae_jax.config import validate
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_encoder, export_official, export_orbax
 from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import sample_masking
 from mae_jax.models.patches import patchify, unpatchify
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.targets import TARGETS
+from mae_jax.models.targets import TARGETS, principal
 from mae_jax.models.targets.base import Target
+from mae_jax.models.targets.hog import HOG
 from mae_jax.models.targets.pixels import NormPixel, Pixel
+from mae_jax.models.targets.principal import PCA
 from mae_jax.tasks.inputs import open_splits
 
 SPEC = ModelSpec((8, 8), 4, 1, 16, 1, 2, 8, 1, 2, "norm_pixel", 0.5, (0.5,), (0.25,))
@@ -52,31 +55,107 @@ def test_all_zero_prediction_scores_just_below_one():
 def test_predictions_return_to_pixels():
     images, patches = images_and_patches()
     for target in (Pixel(4, 1), NormPixel(4, 1)):
-        restored = target.to_pixels(target.values(images, None), images, None)
+        restored = target.to_pixels(target.values(images, None), images, None, None)
         np.testing.assert_allclose(restored, patches, atol=1e-4)
 
 
-class Principal(Target):
-    """The first three principal components of patches: a fitted basis, fewer numbers."""
+def svd_components(patches, count):
+    """Mean [D] and largest components [D, count] of patches [..., D], by numpy's SVD."""
+    flat = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
+    mean = flat.mean(axis=0)
+    return mean, np.linalg.svd(flat - mean, full_matrices=False)[2][:count].T
 
-    outputs = 3
-    fit_examples = 12
 
-    def init_state(self):
-        values = self.patch_size**2 * self.channels
-        return {"mean": jnp.zeros(values), "kernel": jnp.zeros((values, 3))}
+def test_pca_is_numpys_svd_of_the_patches():
+    rng = np.random.default_rng(0)
+    target, mixing = PCA(6, 3), rng.normal(size=(108, 108))
+    patches = 5 + rng.normal(size=(60, 16, 108)) @ mixing  # all directions vary, by design unlike
+    images = np.asarray(unpatchify(patches.astype(np.float32), 6, (24, 24)))
+    state = target.fit([images[:40], images[40:]])
+    mean, basis = svd_components(patches, 96)
+    assert target.outputs == 96
+    np.testing.assert_allclose(state["mean"], mean, atol=1e-4)
+    # The same space, the same order, each up to its sign.
+    np.testing.assert_allclose(np.abs(basis.T @ state["basis"]), np.eye(96), atol=1e-4)
+    assert (state["basis"].max(axis=0) >= -state["basis"].min(axis=0)).all()
+    values = target.values(images, state)
+    signs = np.sign((basis * state["basis"]).sum(axis=0))
+    np.testing.assert_allclose(values, (patches - mean) @ basis * signs, atol=2e-3)
+    back = target.to_pixels(values, images, None, state)
+    expected = (patches - mean) @ basis @ basis.T + mean
+    np.testing.assert_allclose(back, expected, atol=2e-3)
 
-    def fit(self, images):
-        patches = patchify(images, self.patch_size).reshape(-1, self.patch_size**2 * self.channels)
-        mean = patches.mean(axis=0)
-        basis = jnp.linalg.svd(patches - mean, full_matrices=False)[2][:3]
-        return {"mean": mean, "kernel": basis.T}
 
-    def values(self, images, state):
-        return (patchify(images, self.patch_size) - state["mean"]) @ state["kernel"]
+def test_pca_takes_all_components_of_a_small_patch_and_loses_nothing():
+    images, patches = images_and_patches()
+    target = PCA(4, 1)
+    assert target.outputs == 16
+    state = target.fit([images])
+    back = target.to_pixels(target.values(images, state), images, None, state)
+    np.testing.assert_allclose(back, patches, atol=1e-4)
 
-    def to_pixels(self, predictions, images, state):
-        return predictions @ state["kernel"].T + state["mean"]
+
+def test_pca_stops_reading_when_it_has_patches_enough(monkeypatch):
+    monkeypatch.setattr(principal, "FITTED_PATCHES", 16)
+    seen = []
+
+    def batches():
+        for seed in range(10):
+            seen.append(seed)
+            yield images_and_patches(seed)[0]  # eight patches
+
+    PCA(4, 1).fit(batches())
+    assert seen == [0, 1]
+
+
+def numpy_hog(image, patch):
+    """MaskFeat's histograms of [H, W, C], pixel by pixel: [L, outputs]."""
+    height, width, channels = image.shape
+    x = np.pad(image.astype(np.float64), ((1, 1), (1, 1), (0, 0)), mode="reflect")
+    sobel = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    cells = np.zeros((height // 8, width // 8, channels, 9))
+    for i, j, c in np.ndindex(height, width, channels):
+        window = x[i : i + 3, j : j + 3, c]
+        gx, gy = (window * sobel).sum(), (window * sobel.T).sum()
+        direction = int(np.floor(np.arctan2(gx, gy) / np.pi * 9)) % 9
+        cells[i // 8, j // 8, c, direction] += np.hypot(gx, gy)
+    cells /= np.maximum(np.sqrt((cells**2).sum(-1, keepdims=True)), 1e-12)
+    n = patch // 8
+    return np.stack(
+        [
+            cells[i : i + n, j : j + n].ravel()
+            for i in range(0, height // 8, n)
+            for j in range(0, width // 8, n)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("patch", "outputs"), [(16, 108), (8, 27)])
+def test_hog_is_maskfeats(patch, outputs):
+    images = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
+    target = HOG(patch, 3)
+    assert target.outputs == outputs
+    values = jax.jit(target.values)(images, None)
+    np.testing.assert_allclose(values, [numpy_hog(x, patch) for x in images], atol=1e-4)
+    # Unit length in each cell and channel: predicting nothing costs one ninth.
+    np.testing.assert_allclose(target.loss(0, values), 1 / 9, rtol=1e-5)
+
+
+def test_hog_of_a_flat_image_is_zero_and_of_stripes_one_direction():
+    flat = np.full((1, 16, 16, 1), 0.7, np.float32)
+    assert not HOG(16, 1).values(flat, None).any()
+    stripes = np.sin(np.arange(16.0))[None, None, :, None] * np.ones((1, 16, 16, 1))
+    values = np.asarray(HOG(16, 1).values(stripes.astype(np.float32), None)).reshape(4, 9)
+    assert (values.argmax(axis=1) == 4).all()  # 90 degrees: brightness changes from left to right
+    np.testing.assert_allclose(values.max(axis=1), 1, atol=1e-6)
+
+
+def test_hog_needs_patches_of_whole_cells(tiny_config):
+    tiny_config.target = "hog"
+    validate(tiny_config)
+    tiny_config.model.patch_size, tiny_config.model.image_size = 14, (28,)
+    with pytest.raises(UserError, match=r"model.patch_size = 14: target hog .* give 8 or 16"):
+        validate(tiny_config)
 
 
 class Brightness(Target):
@@ -93,28 +172,27 @@ class Brightness(Target):
 
 @pytest.fixture
 def targets(monkeypatch):
-    monkeypatch.setitem(TARGETS, "principal", Principal)
+    monkeypatch.setattr(principal, "COMPONENTS", 3)
     monkeypatch.setitem(TARGETS, "brightness", Brightness)
 
 
 def test_a_fitted_target_is_learned_drawn_exported_and_read_back(targets, tmp_path):
-    spec = dataclasses.replace(SPEC, target="principal")
+    spec = dataclasses.replace(SPEC, target="pca")
     model, keys = spec.mae(position_params=True), jax.random.split(jax.random.key(0), 2)
     images, patches = images_and_patches()
     masking = sample_masking("random", keys, spec.grid, 0.5)
     params = jax.device_get(model.init(jax.random.key(1), images, masking)["params"])
     assert params["decoder"]["pred"]["kernel"].shape == (8, 3)
-    params["target_state"] = jax.device_get(model.target.fit(images))
+    params["target_state"] = model.target.fit([images])
 
     output, grads = jax.value_and_grad(
         lambda p: model.apply({"params": p}, images, masking).loss.mean()
     )(params)
     assert not any(x.any() for x in jax.tree.leaves(grads["target_state"]))
     output = model.apply({"params": params}, images, masking)
-    flat = patches.reshape(-1, 16).astype(np.float64)
-    basis = np.linalg.eigh(np.cov(flat.T))[1][:, :-4:-1]
-    basis = basis * np.sign((basis * params["target_state"]["kernel"]).sum(axis=0))
-    error = np.square(output.predictions - (patches - flat.mean(0)) @ basis).mean(-1)
+    mean, basis = svd_components(patches, 3)
+    basis = basis * np.sign((basis * params["target_state"]["basis"]).sum(axis=0))
+    error = np.square(output.predictions - (patches - mean) @ basis).mean(-1)
     np.testing.assert_allclose(output.loss, over_removed(error, masking.mask), rtol=1e-4)
 
     export_orbax(params, tmp_path / "orbax", spec, {})
@@ -127,7 +205,7 @@ def test_a_fitted_target_is_learned_drawn_exported_and_read_back(targets, tmp_pa
     drawn = reconstruct(model, again, pixels, masking, (0.5,), (0.25,))["pixels"]
     normal = ((pixels / 255 - 0.5) / 0.25).astype(np.float32)
     predicted = np.asarray(model.apply({"params": params}, normal, masking).predictions)
-    back = (predicted @ basis.T + flat.mean(0)) * 0.25 + 0.5
+    back = (predicted @ basis.T + mean) * 0.25 + 0.5
     back = (np.asarray(unpatchify(back, 4, (8, 8))) * 255).clip(0, 255)
     hidden = np.repeat(np.asarray(masking.mask)[:, :, None], 16, axis=2)
     hidden = np.asarray(unpatchify(hidden, 4, (8, 8))) > 0
@@ -135,7 +213,7 @@ def test_a_fitted_target_is_learned_drawn_exported_and_read_back(targets, tmp_pa
 
     encoder = open_checkpoint(export_encoder(params, tmp_path / "timm", spec, {}))
     assert encoder.params().keys() == {"encoder"}
-    with pytest.raises(UserError, match=r"principal.*--format=orbax"):
+    with pytest.raises(UserError, match=r"pca.*--format=orbax"):
         export_official(params, tmp_path / "official", spec, {})
 
 
@@ -156,17 +234,21 @@ def test_a_target_of_codes_has_its_own_loss_and_no_pictures(targets):
     assert result.keys() == {"mask", "loss"}
 
 
-def test_a_run_fits_its_target_once_and_keeps_it(targets, tiny_config, tmp_path):
-    tiny_config.target = "principal"
+def test_a_run_fits_its_target_once_and_keeps_it(targets, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(principal, "FITTED_PATCHES", 64 * 16)  # of 64 images
+    tiny_config.target = "pca"
     tiny_config.steps = 3
     main.run(tiny_config, str(tmp_path))
     data = open_splits(tiny_config)
-    images, _, _ = data.examples(data.train, Principal.fit_examples)
+    # The crops of the first training examples, which the run's own batches are made of.
+    with data.train_batches(np.arange(16), 0, 4) as batches:
+        images = np.concatenate([batch["image"] for batch in batches])
     mean, std = np.asarray(tiny_config.data.mean), np.asarray(tiny_config.data.std)
-    patches = patchify(((images / 255 - mean) / std).astype(np.float32), 8).reshape(-1, 192)
+    patches = patchify(((images / 255 - mean) / std).astype(np.float32), 8)
+    mean, basis = svd_components(patches, 3)
     state = open_checkpoint(tmp_path).params()["target_state"]
-    np.testing.assert_allclose(state["mean"], patches.mean(axis=0), atol=1e-4)
-    np.testing.assert_allclose(state["kernel"].T @ state["kernel"], np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(state["mean"], mean, atol=1e-4)
+    np.testing.assert_allclose(np.abs(basis.T @ state["basis"]), np.eye(3), atol=1e-4)
     main.run(tiny_config, str(tmp_path))  # nothing left to do: restores and evaluates
     again = open_checkpoint(tmp_path).params()["target_state"]
     jax.tree.map(np.testing.assert_array_equal, again, state)

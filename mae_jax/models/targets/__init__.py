@@ -1,6 +1,13 @@
 """What the decoder is asked to predict (paper table 1d): one file a family, one line a target."""
 
 from mae_jax.models.targets.base import Target
+from mae_jax.models.targets.hog import HOG
 from mae_jax.models.targets.pixels import NormPixel, Pixel
+from mae_jax.models.targets.principal import PCA
 
-TARGETS: dict[str, type[Target]] = {"pixel": Pixel, "norm_pixel": NormPixel}
+TARGETS: dict[str, type[Target]] = {
+    "pixel": Pixel,
+    "norm_pixel": NormPixel,
+    "pca": PCA,
+    "hog": HOG,
+}

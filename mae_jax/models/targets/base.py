@@ -1,10 +1,12 @@
 """What every target has: sizes, values, loss, and where there is one the way back to pixels."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Target:
     patch_size: int
     channels: int
     note: ClassVar[str] = ""  # what a reader must know of pictures of its predictions
-    fit_examples: ClassVar[int] = 0  # training images given to `fit` before a run's first step
+    fitted: ClassVar[bool] = False  # whether `fit` makes the state, before a run's first step
 
     @property
     def outputs(self) -> int:
@@ -30,8 +32,9 @@ class Target:
         """The state of a new model: a dict of arrays, to be fitted or loaded; None for none."""
         return None
 
-    def fit(self, images: jax.Array) -> Any:
-        """The state that fits training images [N, H, W, C]."""
+    def fit(self, batches: Iterable[np.ndarray]) -> Any:
+        """The state that fits training crops, batches [B, H, W, C] float32, normalised: as many as
+        it takes of an epoch. On the host, in every process."""
         raise NotImplementedError
 
     def values(self, images: jax.Array, state: Any) -> Any:
@@ -42,6 +45,9 @@ class Target:
         """The error of predictions [B, L, outputs] in each patch: [B, L]; here the squared one."""
         return jnp.square(predictions - values).mean(axis=-1)
 
-    def to_pixels(self, predictions: jax.Array, images: jax.Array, state: Any) -> jax.Array | None:
-        """Predictions as patches of pixels [B, L, p*p*C]; None where there is no way back."""
+    def to_pixels(
+        self, predictions: jax.Array, images: jax.Array, mask: jax.Array, state: Any
+    ) -> jax.Array | None:
+        """Predictions as patches of pixels [B, L, p*p*C]; None where there is no way back. Shown
+        are those that are removed (`mask` [B, L] is 1)."""
         return None

@@ -18,7 +18,9 @@ class Pixel(Target):
         """The patches [B, L, p*p*C]."""
         return patchify(images, self.patch_size)
 
-    def to_pixels(self, predictions: jax.Array, images: jax.Array, state: Any) -> jax.Array:
+    def to_pixels(
+        self, predictions: jax.Array, images: jax.Array, mask: jax.Array, state: Any
+    ) -> jax.Array:
         """The predictions as they are."""
         return predictions
 
@@ -37,7 +39,9 @@ class NormPixel(Target):
         mean, std = _statistics(patches)
         return (patches - mean) / std
 
-    def to_pixels(self, predictions: jax.Array, images: jax.Array, state: Any) -> jax.Array:
+    def to_pixels(
+        self, predictions: jax.Array, images: jax.Array, mask: jax.Array, state: Any
+    ) -> jax.Array:
         """Predictions with level and contrast, of which they say nothing, from the true patches."""
         mean, std = _statistics(patchify(images, self.patch_size))
         return predictions * std + mean
