@@ -131,6 +131,8 @@ FIELDS = {
     # Pillow's bicubic; or OpenCV's, blurrier, in half the CPU time.
     "data.resize": Field("exact", ("exact", "fast"), "of training pictures"),
     "data.flip": Field(True, ANY, "left to right, every other picture"),
+    # An epoch stays len(split) crops, of len(split) / repeat pictures.
+    "data.repeat": Field(1, "[1, inf)", "crops of a decoded picture, each counted", MAE),
     "data.eval_crop": Field(0.0, "[0, 1]", "of the resized side; 0: 224/256 up to 224 px, else 1"),
     "data.mean": Field((0.485, 0.456, 0.406), "(-inf, inf)", "of the channels, pixels in [0, 1]"),
     "data.std": Field((0.229, 0.224, 0.225), "(0, inf)", "of the channels, pixels in [0, 1]"),
@@ -444,6 +446,9 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     if batch % config.optim.accumulate:
         parts = config.optim.accumulate
         yield f"batch_size = {batch} does not divide into optim.accumulate = {parts} equal parts"
+    if batch % config.data.repeat:
+        what = f"batch_size = {batch} counts crops, and holds all of a picture"
+        yield f"data.repeat = {config.data.repeat}: {what}; give a divisor of it"
     if task in PROBE and not norm_group(config):
         none = f"no number from 2 to it divides batch_size = {batch}; 0 takes the whole batch"
         yield f"head.norm_group = {config.head.norm_group}: {none}"

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax import TryAgainError, UserError, cli
 from mae_jax import config as config_lib
+from mae_jax.data.pipeline import picture_positions
 from mae_jax.data.splits import Splits
 from mae_jax.distributed import fate, startup, stopping, watchdog
 from mae_jax.distributed import mesh as mesh_lib
@@ -188,6 +189,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
+    picture_positions(mesh_lib.local_positions(config.batch_size, mesh), config.data.repeat)
     data = open_splits(config)
     task = create_task(config, len(data.train), data.classes, mesh, data.train.class_names)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")

@@ -142,6 +142,7 @@ def test_the_mmselfsup_setting():
         ("pretrain", "optim.layer_decay", 0.75),
         ("finetune", "mask.ratio", 0.5),
         ("scratch", "augment.color_jitter", 0.4),
+        ("linear_probe", "data.repeat", 2),
         ("scratch", "trainable_blocks", 2.0),
         ("linear_probe", "augment.erasing", 0.25),
     ],
@@ -153,6 +154,12 @@ def test_a_field_that_a_task_would_ignore_is_refused(task, field, value):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=f"{field} = .*task {task} has no use for this field"):
         validate(config)
+
+
+def test_repeated_crops_leave_a_runs_length_as_it_is():
+    for repeat in (1, 2, 16):
+        config = changed(data__repeat=repeat)
+        assert config_lib.total_steps(config, 1_281_167) == 249_600
 
 
 @pytest.mark.parametrize(
@@ -200,6 +207,7 @@ def test_recipes_of_the_paper_differ_in_model_only():
         ({"optim__ema": 1.0}, "optim.ema"),
         ({"compute_dtype": "float16"}, "compute_dtype"),
         ({"model__channels": 1}, "data.mean has 3 value"),
+        ({"data__repeat": 3}, "data.repeat = 3: batch_size = 4096 counts crops.*divisor"),
         ({"epochs": 0.0}, "steps or epochs"),
         ({"model__channels": 1, "augment__color_jitter": 0.4}, "color_jitter.*3 channels"),
         ({"data__scale": (0.5,)}, r"data.scale = \(0.5,\): give two numbers, the lower first"),

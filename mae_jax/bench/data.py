@@ -43,15 +43,21 @@ HALF_NYQUIST = (0.2, 0.3)  # cycles a pixel: the band about half the highest fre
 class Plain(TrainTransform):
     """A `TrainTransform` made of Pillow alone."""
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns "image"."""
-        if isinstance(record.image, bytes):
-            image = Image.open(io.BytesIO(record.image))
-        else:
-            image = Image.fromarray(record.image.squeeze())
+    def decoded(self, record: Record) -> Record:
+        """The record with a picture of Pillow's."""
+        image = record.image
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))
+        elif isinstance(image, np.ndarray):
+            image = Image.fromarray(image.squeeze())
         if record.upright:
             image = ImageOps.exif_transpose(image)
         image = image.convert("RGB" if self.channels == 3 else "L")
+        return dataclasses.replace(record, image=image, upright=False)
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns "image"."""
+        image = self.decoded(record).image
         top, left, h, w = self.box(rng, image.height, image.width)
         corners = (left, top, left + w, top + h)
         image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=corners)
@@ -67,7 +73,8 @@ def main(config: ConfigDict) -> None:
     splits = open_splits(config)
     if hasattr(splits.train, "places"):
         print_reads(splits, Windows(config.data.window, config.data.pool))
-    splits = dataclasses.replace(splits, batch_size=min(config.batch_size, LARGEST_BATCH))
+    largest = max(1, LARGEST_BATCH // splits.repeat) * splits.repeat
+    splits = dataclasses.replace(splits, batch_size=min(config.batch_size, largest))
     transform = splits.train_transform
     ways = {name: dataclasses.replace(transform, resize=name) for name in RESIZES}
     ways["plain"] = Plain(**vars(transform))
@@ -78,8 +85,8 @@ def main(config: ConfigDict) -> None:
     source, (height, width) = splits.train, transform.size
     print(
         f"{len(source)} records of {source.name} {source.split!r}, {height} x {width} px; batches "
-        f"of {splits.batch_size}, {splits.workers} workers, {splits.threads or os.cpu_count()} "
-        f"threads; median of {ROUNDS} rounds of {images} images"
+        f"of {splits.batch_size}, {splits.repeat} of each picture, {splits.workers} workers, "
+        f"{splits.threads or os.cpu_count()} threads; median of {ROUNDS} rounds of {images} images"
     )
     rates, cpu = np.median(1 / costs[..., 0], 0), np.median(1e3 * costs[..., 1], 0)
     ratios = np.median(costs[:, -1:, 1] / costs[..., 1], 0)
@@ -97,9 +104,10 @@ def print_reads(splits: Splits, windows: Windows) -> None:
     source = splits.train
     sample = np.linspace(0, len(source) - 1, SAMPLED).astype(int)
     size = np.mean([len(source[int(i)].image) for i in sample])  # bytes
+    pictures = splits.batch_size // splits.repeat  # in a batch
     print(f"reading {source.name} {source.split!r}, batch {splits.batch_size}, by each process")
     print("                     requests/image  kB/image  MB kept")
-    ways = ((None, 1), *((windows, n) for n in PROCESSES if splits.batch_size % n == 0))
+    ways = ((None, 1), *((windows, n) for n in PROCESSES if pictures % n == 0))
     for way, processes in ways:
         name = f"windowed, {processes:2} proc." if way else "shuffled"
         requests, records, kept = count_reads(splits, way, processes)
@@ -110,9 +118,9 @@ def print_reads(splits: Splits, windows: Windows) -> None:
 def count_reads(
     splits: Splits, windows: Windows | None, processes: int = 1
 ) -> tuple[float, float, int]:
-    """Of the first of so many processes, in the first epoch: requests and records read for each
-    example, and the most records that it keeps at a time."""
-    n, batch_size = len(splits.train), splits.batch_size
+    """Of the first of so many processes, while each record is used once: requests and records read
+    for each example, and the most records that it keeps at a time."""
+    n, batch_size = len(splits.train), splits.batch_size // splits.repeat  # of pictures
     positions = np.arange(batch_size // processes)
     source = tally = _Tally(splits.train)
     if windows is not None:
@@ -127,7 +135,7 @@ def count_reads(
             source[windows.index(splits.seed, g, n, batch_size)]
             if examples % 100 == 0:
                 kept = max(kept, source.kept)
-        examples += 1
+        examples += splits.repeat
     return tally.requests / examples, tally.records / examples, kept
 
 

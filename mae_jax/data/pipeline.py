@@ -4,6 +4,11 @@ Training examples are counted through the whole run: ``g = step * batch_size + p
 record example g is, and how it is cropped, are pure functions of (seed, g): the same for any number
 of processes, threads or restarts. Epochs follow each other without a seam: every N consecutive
 examples from a multiple of N on are all N records once; a batch may be larger than the dataset.
+
+With ``repeat`` = k, example g is a crop of picture g // k: the k crops of a picture, each with
+random numbers of its own, are neighbours in the batch, so that one process reads and decodes it
+once for all. Pictures come in the order that examples have without: every N k consecutive examples
+from a multiple of N k on are all N records k times.
 """
 
 import collections
@@ -48,10 +53,25 @@ class Transform(Protocol):
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Mapping[str, np.ndarray]:
         """Returns an array for each entry of the schema; raises DecodeError naming the record."""
 
+    def decoded(self, record: Record) -> Record:
+        """The record as this makes the same of, but quicker; asked where it is to be repeated."""
+
 
 def example_rng(seed: int, g: int) -> np.random.Generator:
     """Random numbers of training example ``g``: a counter-based generator keyed by (seed, g)."""
     return np.random.Generator(np.random.Philox(key=[(seed << 32 | CROP_STREAM) % 2**64, g]))
+
+
+def picture_positions(positions: np.ndarray, repeat: int) -> np.ndarray:
+    """Which pictures of a batch its rows `positions` [b] are all crops of, in their order [b / k].
+
+    Raises UserError where some of a picture's crops are missing: two processes would decode it.
+    """
+    pictures = positions[::repeat] // repeat
+    if not np.array_equal((pictures[:, None] * repeat + np.arange(repeat)).ravel(), positions):
+        what = f"a process holds {len(positions)} rows of the batch, with part of a picture's crops"
+        raise UserError(f"data.repeat = {repeat}: {what}; give a divisor of a process's rows")
+    return pictures
 
 
 def train_batches(
@@ -69,6 +89,7 @@ def train_batches(
     bad_records: str = "stop",
     classes: int | None = None,
     windows: Windows | None = None,
+    repeat: int = 1,
 ) -> "Batches":
     """Batches of steps ``start_step`` to ``end_step``: this process's rows of the global batch.
 
@@ -85,16 +106,19 @@ def train_batches(
         counts the row in ``Batches.skipped`` and logs the record's name once.
       classes: labels are to lie in [0, classes), or LabelError stops the run; None takes any.
       windows: the order, and many records at a read, in place of a shuffle of all records.
+      repeat: crops of a picture, neighbours in the batch. Each process has all crops of a picture,
+        in their order; else UserError.
     """
     if hasattr(source, "read") and (seed is None or windows is not None):
         if seed is None:  # in order: a worker's rows of a batch lie side by side
             size = max(1, min(READ_IN_ORDER, len(positions) // max(1, workers)))
             in_use = (prefetch + 1) * (len(positions) // size + 2)
         else:
-            size, in_use = windows.size, windows.in_use(positions, batch_size)
+            places = picture_positions(positions, repeat)
+            size, in_use = windows.size, windows.in_use(places, batch_size // repeat)
         source = WindowReader(source, size, -(-in_use // max(1, workers)))
     builder = _Builder(
-        source, transform, batch_size, positions, bad_records, classes, seed, windows
+        source, transform, batch_size, positions, bad_records, classes, seed, windows, repeat
     )
     steps = range(start_step, sys.maxsize if end_step is None else end_step)
     return Batches(builder, steps, workers, threads, prefetch)
@@ -126,6 +150,7 @@ class _Builder:
     classes: int | None
     seed: int | None  # None: evaluation, records in order
     windows: Windows | None
+    repeat: int
 
     def __post_init__(self) -> None:
         places, most = self.positions, self.batch_size
@@ -133,6 +158,7 @@ class _Builder:
             raise ValueError(f"positions must be integers [b], got {places.dtype}")
         if not len(places) or places.min() < 0 or places.max() >= most:
             raise ValueError(f"positions must lie in [0, batch_size={most}): {places}")
+        picture_positions(places, self.repeat)
         if not len(self.source):
             raise UserError(f"{self.source.name}, split {self.source.split}, holds no record")
 
@@ -143,24 +169,28 @@ class _Builder:
         return {**self.transform.schema, "label": number, "id": number, **weight}
 
     def fill(self, batch: Mapping[str, np.ndarray], step: int, rows: Sequence[int]) -> list[str]:
-        """Writes rows of the batch of a step; returns messages of those that cannot be decoded."""
+        """Writes rows of the batch of a step, each with the others of its picture, whose first it
+        is; returns messages of those that cannot be decoded."""
         errors: list[str] = []
-        for row in rows:
-            g = step * self.batch_size + int(self.positions[row])
-            for name, value in self._example(g, errors).items():
-                batch[name][row] = value
+        for first in rows:
+            g = step * self.batch_size + int(self.positions[first])
+            for row, example in enumerate(self._examples(g, errors), first):
+                for name, value in example.items():
+                    batch[name][row] = value
         return errors
 
-    def _example(self, g: int, errors: list[str]) -> Mapping[str, Any]:
-        """The arrays of example ``g``; those left out are zeros."""
+    def _examples(self, g: int, errors: list[str]) -> Sequence[Mapping[str, Any]]:
+        """The arrays of example ``g`` and the others of its picture; those left out are zeros."""
         n = len(self.source)
         if self.seed is None:
             indices = range(n)[g : g + 1]  # empty: padding
         else:
+            picture = g // self.repeat
             if self.windows is None:
-                first = example_index(self.seed, g, n)
+                first = example_index(self.seed, picture, n)
             else:
-                first = self.windows.index(self.seed, g, n, self.batch_size)
+                pictures = self.batch_size // self.repeat
+                first = self.windows.index(self.seed, picture, n, pictures)
             indices = ((first + i) % n for i in range(n))
         for i, index in enumerate(indices):
             try:
@@ -170,20 +200,25 @@ class _Builder:
                     remedy = "Mend or remove it, or train without such records"
                     raise DecodeError(f"{e}. {remedy}: data.bad_records=skip") from e
                 if not i:  # what counts is the row, not how many bad records lie side by side
-                    errors.append(str(e))
+                    errors += [str(e)] * self.repeat
         if self.seed is None:
-            return {"id": -1}
+            return [{"id": -1}]
         raise DecodeError(f"none of the {n} records of {self.source.name} can be decoded")
 
-    def _read(self, index: int, g: int) -> Mapping[str, Any]:
-        """The arrays of a record, cropped by the numbers of the example that it stands for."""
+    def _read(self, index: int, g: int) -> Sequence[Mapping[str, Any]]:
+        """The arrays of a record, cropped by the numbers of the examples that it stands for."""
         record = self.source[index]
-        rng = None if self.seed is None else example_rng(self.seed, g)
-        arrays = {**self.transform(record, rng), "label": record.label, "id": record.id}
+        facts = {"label": record.label, "id": record.id}
+        if self.seed is None:
+            examples = [{**self.transform(record, None), **facts, "weight": 1}]
+        else:
+            record = self.transform.decoded(record) if self.repeat > 1 else record
+            rngs = (example_rng(self.seed, g + i) for i in range(self.repeat))
+            examples = [{**self.transform(record, rng), **facts} for rng in rngs]
         if self.classes is not None and not 0 <= record.label < self.classes:
             what = f"outside the {self.classes} classes of {self.source.name}"
             raise LabelError(f"{record.name}: label {record.label} lies {what}; mend the data set")
-        return arrays if rng else {**arrays, "weight": 1}
+        return examples
 
 
 class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]):
@@ -200,7 +235,7 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
         # CPUs this process may use, which may be fewer than the machine has.
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         threads = threads or max(1, (len(affinity) or os.cpu_count() or 1) // max(1, workers))
-        rows = len(builder.positions)
+        rows, repeat = len(builder.positions), builder.repeat
         if self._shared:
             task = max(1, min(ROWS_PER_WORKER_TASK * threads, rows // workers))
             # Whoever keeps windows must get the rows of the same lanes each time.
@@ -219,7 +254,8 @@ class Batches(contextlib.AbstractContextManager, Iterator[dict[str, np.ndarray]]
             task = max(1, min(ROWS_PER_TASK, rows // (2 * threads)))
             threads_of_this = concurrent.futures.ThreadPoolExecutor(threads, "mae-jax-decode")
             self._executors = [threads_of_this]
-        self._tasks = [range(i, min(i + task, rows)) for i in range(0, rows, task)]
+        task = -(-task // repeat) * repeat
+        self._tasks = [range(i, min(i + task, rows), repeat) for i in range(0, rows, task)]
         # Of batches under way: arrays, messages about their rows to come, file of shared memory.
         self._pending: collections.deque[tuple[dict, list, IO | None]] = collections.deque()
         self._reported: set[str] = set()

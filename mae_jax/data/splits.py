@@ -30,6 +30,7 @@ class Splits:
     threads: int = 0
     prefetch: int = 2
     windows: Windows | None = None
+    repeat: int = 1
 
     def train_batches(
         self, positions: np.ndarray, start_step: int, end_step: int
@@ -37,7 +38,7 @@ class Splits:
         """This process's rows of the batches of steps `start_step` to `end_step`."""
         options = {"seed": self.seed, "batch_size": self.batch_size, "positions": positions}
         options |= {"start_step": start_step, "end_step": end_step, "workers": self.workers}
-        options["windows"] = self.windows
+        options |= {"windows": self.windows, "repeat": self.repeat}
         return pipeline.train_batches(self.train, self.train_transform, **options, **self.loading)
 
     def eval_batches(self, positions: np.ndarray, batch_size: int) -> pipeline.Batches:

@@ -253,6 +253,11 @@ class _Crop:
     def schema(self) -> dict[str, ArraySpec]:
         return {"image": ArraySpec((*self.size, self.channels), np.uint8)}
 
+    def decoded(self, record: Record) -> Record:
+        """The record with uint8 [H, W, channels] for its picture; raises DecodeError."""
+        image = decode(record.image, self.channels, record.name, upright=record.upright)
+        return dataclasses.replace(record, image=image)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform(_Crop):
@@ -270,7 +275,7 @@ class TrainTransform(_Crop):
     color_jitter: ColorJitter | None = None  # likewise (MAE, Table 1e)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image = decode(record.image, self.channels, record.name, upright=record.upright)
+        image = self.decoded(record).image
         crop = RESIZES[self.resize](image, self.box(rng, *image.shape[:2]), self.size)
         return {"image": self.augmented(crop, rng)}
 
@@ -307,6 +312,6 @@ class EvalTransform(_Crop):
 
     def image(self, record: Record) -> np.ndarray:
         """The picture as the model sees it, uint8 [*size, channels]."""
-        image = decode(record.image, self.channels, record.name, upright=record.upright)
+        image = self.decoded(record).image
         box = centre_box(*image.shape[:2], self.size, self.crop_ratio)
         return resize_exact(image, box, self.size)

@@ -44,5 +44,5 @@ def open_splits(config: ConfigDict) -> Splits:
         batch_size=config.batch_size,
         classes=classes,
         windows=Windows(data.window, data.pool) if data.order == "windowed" else None,
-        **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch")},
+        **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch", "repeat")},
     )

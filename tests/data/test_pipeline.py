@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from tiny_dataset import jpeg
 
+from mae_jax import UserError
+from mae_jax.data.order import Windows
 from mae_jax.data.pipeline import eval_batches, example_index, example_rng, train_batches
 from mae_jax.data.record import ArraySpec, DecodeError, LabelError, Record
 from mae_jax.data.transforms import EvalTransform, TrainTransform
@@ -38,6 +40,13 @@ class Pictures:
         data = jpeg(24, 24, seed=i)
         data = data[:200] if i in self.bad else data
         return Record(data, i, f"pictures/train#{i}", id=i)
+
+
+class ReadInPieces(Pictures):
+    """Many at a time, as from a bucket."""
+
+    def read(self, start, stop):
+        return {i: self[i] for i in range(start, stop)}
 
 
 def train(source, batch_size=4, positions=None, transform=TRANSFORM, **options):
@@ -152,6 +161,82 @@ def test_worker_processes_change_nothing_and_pass_errors_on():
         pytest.raises(DecodeError, match=r"pictures/train#2: damaged JPEG.*data\.bad_records=skip"),
     ):
         list(batches)
+
+
+# Repeated sampling: data.repeat
+
+
+class Counted(TrainTransform):
+    """Counts pictures that are decoded, of all instances together."""
+
+    lock, count = threading.Lock(), 0
+
+    def decoded(self, record):
+        if isinstance(record.image, bytes):
+            with self.lock:
+                Counted.count += 1
+        return super().decoded(record)
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 4])
+def test_a_picture_is_decoded_once_for_its_crops(repeat):
+    before = Counted.count
+    take(train(Pictures(9), 8, transform=Counted((16, 16)), end_step=6, repeat=repeat))
+    assert Counted.count - before == 6 * 8 // repeat
+
+
+def test_repeated_crops_are_neighbours_each_with_numbers_of_its_own():
+    source = Pictures(5)
+    for step, batch in enumerate(take(train(source, 6, end_step=4, repeat=3))):
+        for row in range(6):
+            g = 6 * step + row
+            record = source[example_index(3, g // 3, 5)]
+            assert batch["label"][row] == batch["id"][row] == record.id
+            expected = TRANSFORM(record, example_rng(3, g))["image"]
+            np.testing.assert_array_equal(batch["image"][row], expected)
+    assert len({image.tobytes() for image in batch["image"]}) == 6
+
+
+@pytest.mark.parametrize("windows", [None, Windows(4, 8)])
+@pytest.mark.parametrize(("n", "batch_size", "repeat"), [(10, 8, 4), (7, 6, 2), (12, 36, 3)])
+def test_as_many_epochs_as_repetitions_show_every_picture_as_often(n, batch_size, repeat, windows):
+    steps = -(-3 * n * repeat // batch_size)  # an epoch is n crops
+    options = {"end_step": steps, "repeat": repeat, "windows": windows}
+    got = labels(train(Pictures(n), batch_size, **options))[: 3 * n * repeat]
+    for all_pictures in got.reshape(3, n * repeat):
+        assert np.bincount(all_pictures, minlength=n).tolist() == [repeat] * n
+    assert (got.reshape(-1, repeat) == got[::repeat, None]).all()
+
+
+@pytest.mark.parametrize("windows", [None, Windows(3, 8)])
+def test_repeated_batches_are_the_same_on_any_processes_and_from_any_step(windows):
+    source = ReadInPieces(11, bad=(4,))
+    options = {"batch_size": 8, "end_step": 6, "repeat": 2, "windows": windows}
+    options["bad_records"] = "skip"
+    whole = train(source, **options)
+    expected = take(whole)
+    assert_equal(take(train(source, start_step=4, **options)), expected[4:])
+    skipped = 0
+    for part in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        batches = train(source, positions=np.array(part), **options)
+        assert_equal(take(batches), [{k: v[part] for k, v in b.items()} for b in expected])
+        skipped += batches.skipped
+    assert skipped == whole.skipped > 0
+    assert whole.skipped % 2 == 0  # rows, not pictures
+
+
+def test_worker_processes_repeat_crops_as_threads_do():
+    options = {"end_step": 3, "repeat": 3, "windows": Windows(3, 8), "bad_records": "skip"}
+    source = ReadInPieces(7, bad=(4,))
+    expected, got = train(source, 12, **options), train(source, 12, workers=2, **options)
+    assert_equal(take(got), take(expected))
+    assert got.skipped == expected.skipped == 6
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2], [1, 2], [0, 2, 1, 3], [1, 0]])
+def test_a_process_with_part_of_a_pictures_crops_is_refused(positions):
+    with pytest.raises(UserError, match=r"data\.repeat = 2: a process holds . rows.*divisor"):
+        train(Pictures(3), 4, np.array(positions), repeat=2)
 
 
 @dataclasses.dataclass

@@ -23,6 +23,13 @@ def test_pretraining(tiny_config, devices, data, fsdp, accumulate):
     compare(tiny_config, devices, data, fsdp, accumulate)
 
 
+@pytest.mark.slow
+def test_pretraining_on_repeated_jittered_crops_of_one_size(tiny_config):
+    tiny_config.data.repeat, tiny_config.data.crop = 4, "fixed"  # of 16 rows, 2 on each device
+    tiny_config.augment.color_jitter = 0.4
+    compare(tiny_config, devices=8, data=8, fsdp=1, accumulate=2)
+
+
 @pytest.mark.parametrize(("devices", "data", "fsdp", "accumulate"), LAYOUTS)
 def test_fine_tuning_with_every_augmentation(supervised_config, devices, data, fsdp, accumulate):
     compare(supervised_config("finetune", optim__ema=0.9), devices, data, fsdp, accumulate)
