@@ -87,6 +87,23 @@ def test_a_shuffle_takes_a_request_for_every_record(places):
     assert (counts - before)["GET media"] == 96 + 3  # and the indices of 3 shards
 
 
+@pytest.mark.parametrize("windows", [None, Windows(8, 48)])
+def test_repeated_crops_take_one_read_as_the_bench_says(places, windows):
+    disk, remote, counts = places
+    options = {"windows": windows, "repeat": 2, "end_step": 16}
+    expected = train(open_source("tiny", disk, "train"), **options)
+    source, before = open_source("tiny", remote, "train"), counts.copy()
+    found = train(source, **options)
+    np.testing.assert_array_equal(
+        [batch["image"] for batch in expected], [batch["image"] for batch in found]
+    )
+    media = (counts - before)["GET media"]
+    splits = Splits(source, source, None, None, 3, 12, None, repeat=2)
+    requests, records, _ = count_reads(splits, windows)
+    assert 0 <= media - 192 * requests - 3 <= 3  # of the indices of 3 shards
+    assert windows is not None or requests == records == 0.5
+
+
 def test_evaluation_reads_many_at_once(places):
     _, remote, counts = places
     source, options = open_source("tiny", remote, "train"), {"batch_size": 48, "threads": 2}
