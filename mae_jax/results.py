@@ -91,8 +91,8 @@ def markdown_row(runs: list[dict[str, Any]]) -> str:
     losses = [run["loss"] for run in runs]
     cells = (
         *_description(runs[0]),
-        _percent([run["top1"] for run in runs]),
-        _percent([run["top5"] for run in runs]),
+        percent([run["top1"] for run in runs]),
+        percent([run["top5"] for run in runs]),
         "-" if None in losses else f"{statistics.fmean(losses):.4f}",
         f"{statistics.median(rates):,.0f}" if rates else "-",
         ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs)),
@@ -144,7 +144,7 @@ def _description(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _percent(values: list[float | None]) -> str:
+def percent(values: list[float | None]) -> str:
     """`83.57 ± 0.09 (4)` of fractions; one alone without deviation."""
     if None in values:
         return "-"

@@ -56,7 +56,8 @@ def test_the_program_lists_its_commands_and_tells_its_version(capsys):
 def test_one_version_everywhere():
     version = mae_jax.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    newest = next(x for x in (ROOT / "CHANGELOG.md").read_text().splitlines() if x[:3] == "## ")
+    lines = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    newest = next(x for x in lines if x[:3] == "## " and x != "## Unreleased")
     assert newest == f"## {version}"
 
 

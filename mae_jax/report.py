@@ -1,0 +1,363 @@
+"""A page about a sweep, or about one run: tables beside the paper's, plots, curves, pictures.
+
+    python -m mae_jax.report DIR...
+
+DIR is a folder of `launch/sweep.py` or any workdir. Writes DIR/report/index.html, which needs no
+other file, and the same as report.md with its PNGs. What is not finished is marked so, and can be
+reported again later. Needs matplotlib: `pip install 'mae_jax[report]'`.
+"""
+
+if __name__ == "__main__":
+    from mae_jax.cli import start
+
+    raise SystemExit(start("report"))
+
+import base64
+import html
+import io
+import re
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from PIL import Image
+
+from mae_jax import UserError, cli
+from mae_jax.config import default_config, flatten
+from mae_jax.pictures.plots import Point, curves, sweep_plot
+from mae_jax.results import percent
+from mae_jax.storage.files import read_json, to_path, write_atomically
+from mae_jax.sweeps import RECORD, finished, last_line
+from mae_jax.train.ledger import read_times, summary
+from mae_jax.train.metrics import read_metrics
+
+WIDEST = 900  # pixels of a picture on the page
+STAGES = {"finetune": "fine-tuned", "scratch": "from scratch", "linear_probe": "probed"}
+CAPTION = "Ours on the left axis, the paper's (ViT-L, ImageNet) on the right. Neither starts at 0."
+# Of single runs: what stands together in a panel, by the end of the metrics' names.
+PANELS = ("loss", "top1", "lr", "grad_norm", "images_per_second")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em }
+h2 { border-bottom: 1px solid #ccc; margin-top: 2em } figure { margin: 1em 0 }
+img { max-width: 100% } figcaption { color: #555; font-size: 90% } div { overflow-x: auto }
+table { border-collapse: collapse; font-size: 90%; margin: 1em 0 } pre { font-size: 85% }
+th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left } th { background: #f4f4f4 }
+"""
+
+
+class Page:
+    """Parts in order, written as one HTML file and as Markdown with PNG files."""
+
+    def __init__(self, title: str):
+        self._title, self._files = title, {}
+        self._html, self._markdown = [f"<h1>{html.escape(title)}</h1>"], [f"# {title}"]
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """A heading."""
+        self._html.append(f"<h{level}>{html.escape(text)}</h{level}>")
+        self._markdown.append(f"{'#' * level} {text}")
+
+    def text(self, text: str, verbatim: bool = False) -> None:
+        """A paragraph, or lines as they are."""
+        tag, fence = ("pre", "```\n") if verbatim else ("p", "")
+        self._html.append(f"<{tag}>{html.escape(text)}</{tag}>")
+        self._markdown.append(f"{fence}{text}{fence and chr(10) + '```'}")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; nothing where it has no rows."""
+        if rows:
+            lines = [
+                "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+                for tag, cells in [("th", head), *(("td", row) for row in rows)]
+            ]
+            self._html.append(f"<div><table>{''.join(lines)}</table></div>")
+            cells = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
+            cells.insert(1, ["---"] * len(head))
+            self._markdown.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+
+    def picture(self, name: str, content: bytes, caption: str = "") -> None:
+        """The content of a PNG file, to be called `name`.png."""
+        name = re.sub(r"[^\w.-]+", "_", name) + ".png"
+        self._files[name] = content
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        shown = f"<figcaption>{html.escape(caption)}</figcaption>" * bool(caption)
+        alt = html.escape(caption or name, quote=True)
+        self._html.append(f'<figure><img alt="{alt}" src="{source}">{shown}</figure>')
+        self._markdown.append(f"![{caption or name}]({name})")
+
+    def write(self, folder: epath.Path) -> None:
+        """Writes all files."""
+        for name, content in self._files.items():
+            write_atomically(folder / name, content)
+        write_atomically(folder / "report.md", "\n\n".join(self._markdown) + "\n")
+        title, body = html.escape(self._title), "\n".join(self._html)
+        head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        page = (
+            f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+        )
+        write_atomically(folder / "index.html", page)
+
+
+class Facts(NamedTuple):
+    """What a workdir tells of its run; hours without the time between starts."""
+
+    state: str  # "done", or how far it is
+    config: dict[str, Any]  # flat; empty if it never started
+    metrics: list[dict[str, Any]]
+    results: dict[str, Any] | None
+    hours: float | None
+    rate: float | None  # images/s, the median
+    picture: bytes | None  # the newest reconstructions
+
+
+def look(folder: epath.Path, task: str = "") -> Facts:
+    """Reads what a run has left so far."""
+    config, times = folder / "config.json", read_times(folder)
+    fields = flatten(read_json(config)) if config.exists() else {}
+    metrics = read_metrics(folder / "metrics.jsonl")
+    results, done = folder / "results.json", finished(folder, fields.get("task", task))
+    state = "done"
+    if not done:
+        told = textwrap.shorten(last_line(folder), 120)
+        state = f"step {times['step']} of {times['total_steps']}" if times else "not begun"
+        state += f" ({told})" * bool(told)
+    seconds = times and sum(times["seconds"].values()) - times["seconds"].get("away", 0.0)
+    rates = [line[name] for line in metrics if line.get(name := "train/images_per_second")]
+    return Facts(
+        state,
+        fields,
+        metrics,
+        read_json(results) if done and results.exists() else None,
+        seconds and seconds / 3600,
+        statistics.median(rates) if rates else None,
+        newest_picture(folder / "reconstructions"),
+    )
+
+
+def newest_picture(folder: epath.Path) -> bytes | None:
+    """The last step's picture of a folder, not wider than a page."""
+    files = sorted(folder.glob("step_*.png")) if folder.exists() else []
+    return smaller(files[-1]) if files else None
+
+
+def smaller(path: epath.Path) -> bytes:
+    """A picture as a PNG file that is not wider than the page."""
+    picture, content = Image.open(io.BytesIO(path.read_bytes())), io.BytesIO()
+    picture.thumbnail((WIDEST, 100 * WIDEST))
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, float | None]]:
+    """(step, value) of a metric."""
+    return [(line["step"], line[name]) for line in metrics if name in line]
+
+
+def figure(value: float | None) -> str:
+    """A number for a table."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# A sweep.
+
+
+def add_sweep(page: Page, folder: epath.Path, name: str, sweep: dict[str, Any]) -> None:
+    """One sweep of `sweep.json`: its tables, plot, curves, configs and pictures."""
+    members = {member["name"]: member for member in sweep["members"]}
+    tasks_of = {
+        run: t for m in members.values() for s in m["runs"].values() for t, run in s.items()
+    }
+    runs = {run: look(folder / "members" / run, task) for run, task in tasks_of.items()}
+    facts = {  # by member, then seed, then task
+        key: {
+            seed: {task: runs[run] for task, run in own.items()}
+            for seed, own in member["runs"].items()
+        }
+        for key, member in members.items()
+    }
+    page.heading(sweep["title"] or name)
+    given = "".join(
+        f", --{task}.{field}={value}"
+        for task, own in sweep["given"].items()
+        for field, value in own.items()
+    )
+    done = sum(run.state == "done" for run in runs.values())
+    page.text(f"Base {sweep['base']}{given}. {done} of {len(runs)} runs are finished.")
+    tasks = [t for t in STAGES if any(t in s for m in facts.values() for s in m.values())]
+    tasks = tasks or [t for t in STAGES if any((m["paper"] or {}).get(t) for m in members.values())]
+    add_results(page, sweep, members, facts, tasks)
+
+    points = {
+        STAGES[task]: [
+            point(member, scores(facts[key], task), task) for key, member in members.items()
+        ]
+        for task in tasks
+    }
+    both = [
+        [p for p in own if p.mean is not None or p.paper is not None] for own in points.values()
+    ]
+    if len(both) > 1 and not {p.name for p in both[0]} & {p.name for p in both[1]}:
+        points = {" or ".join(points): [p for own in reversed(both) for p in own]}  # figure 9
+    else:
+        points = dict(zip(points, both, strict=True))
+    if points := {title: own for title, own in points.items() if own}:
+        plot = sweep_plot(points, sweep["axis"], sweep["scale"])
+        page.picture(name, plot, CAPTION)
+
+    starts = {key: next(iter(own.values()), {}) for key, own in facts.items()}  # of the first seed
+    first = {key: next(iter(tasks.values())) for key, tasks in starts.items() if tasks}
+    shared = {}  # one run may be that of several members
+    for key, run in first.items():
+        shared.setdefault(id(run), (run, []))[1].append(key)
+    distinct = {", ".join(keys): run for run, keys in shared.values()}
+    losses = {key: curve(run.metrics, "train/loss") for key, run in distinct.items()}
+    if losses := {key: points for key, points in losses.items() if points}:
+        page.heading("Loss of the first seed", 3)
+        page.picture(f"{name}_loss", curves({"train/loss": losses}))
+    add_costs(page, facts)
+    page.heading("What differs between members", 3)
+    for task in dict.fromkeys(task for tasks in starts.values() for task in tasks):
+        add_differences(page, task, {k: t[task].config for k, t in starts.items() if task in t})
+    pictures = {key: run.picture for key, run in distinct.items() if run.picture}
+    if pictures:
+        page.heading("Reconstructions of the first seed", 3)
+    for key, content in pictures.items():
+        page.picture(f"{name}_{key}_reconstructions", content, key)
+
+
+def scores(seeds: Mapping[str, Mapping[str, Facts]], task: str) -> list[float]:
+    """Top-1 of the seeds that are finished, as fractions."""
+    runs = [tasks[task] for tasks in seeds.values() if task in tasks]
+    return [run.results["top1"] for run in runs if run.results]
+
+
+def point(member: dict[str, Any], values: list[float], task: str) -> Point:
+    """A member in the plot, in percent."""
+    mean = 100 * statistics.fmean(values) if values else None
+    spread = 100 * statistics.stdev(values) if values[1:] else 0.0
+    return Point(member["name"], member["x"], mean, spread, (member["paper"] or {}).get(task))
+
+
+def add_results(
+    page: Page, sweep: dict[str, Any], members: dict[str, Any], facts: dict, tasks: list[str]
+) -> None:
+    """Ours, mean and sample standard deviation over seeds (how many), beside the paper's."""
+    head, rows = [sweep["axis"] or "member"], []
+    for task in tasks:
+        head += [f"{STAGES[task]}, top-1 %", "paper"]
+    for key, member in members.items():
+        same = member["x"] is None or f"{member['x']:g}" == key
+        cells = [key if same or not member["paper"] else f"{key} (paper: {member['x']:g})"]
+        for task in tasks:
+            values = scores(facts[key], task)
+            runs = [own[task] for own in facts[key].values() if task in own]
+            open_runs = [run.state for run in runs if run.state != "done"]
+            cell = percent(values) if values else "-"
+            if open_runs:
+                cell = f"{cell}; unfinished: " * bool(values) + ", ".join(dict.fromkeys(open_runs))
+            if not runs and member.get("refused"):
+                cell = f"refused: {textwrap.shorten(member['refused'], 120)}"
+            paper = (member["paper"] or {}).get(task)
+            cells += [cell, "-" if paper is None else f"{paper:.1f}"]
+        rows.append(cells)
+    page.table(head, rows)
+
+
+def add_costs(page: Page, facts: dict[str, dict[str, dict[str, Facts]]]) -> None:
+    """Hours and images/s of each task, means over seeds."""
+    tasks = list(dict.fromkeys(task for m in facts.values() for own in m.values() for task in own))
+    rows = []
+    for key, seeds in facts.items():
+        cells = [key]
+        for task in tasks:
+            runs = [own[task] for own in seeds.values() if task in own]
+            for values in ([run.hours for run in runs], [run.rate for run in runs]):
+                known = [value for value in values if value is not None]
+                cells.append(figure(statistics.fmean(known) if known else None))
+        if any(cell != "-" for cell in cells[1:]):
+            rows.append(cells)
+    page.heading("Cost of a run", 3)
+    page.table(["member", *(f"{t}, {unit}" for t in tasks for unit in ("hours", "images/s"))], rows)
+
+
+def add_differences(page: Page, task: str, configs: dict[str, dict[str, Any]]) -> None:
+    """The fields in which configs of one task are not all equal, init_from and seed aside."""
+    begun = {key: config for key, config in configs.items() if config}
+    names = {n for config in begun.values() for n in config} - {"init_from", "seed"}
+    names = [n for n in sorted(names) if len({str(c.get(n)) for c in begun.values()}) > 1]
+    if not names:
+        page.text(f"{task}: nothing but the seed and where it starts.")
+        return
+    rows = [[key, *(str(config.get(n, "-")) for n in names)] for key, config in begun.items()]
+    page.table([task, *names], rows)
+
+
+# One run.
+
+
+def add_run(page: Page, folder: epath.Path) -> None:
+    """A run of any task: how far, its results, curves, pictures and config."""
+    run = look(folder)
+    page.text(f"Task {run.config['task']}, {run.state}.")
+    if run.results:
+        names = {"top1": "top-1 %", "top5": "top-5 %"}
+        cells = [percent([run.results[name]]) for name in names]
+        page.table(
+            [*names.values(), "loss", "examples", "images/s"],
+            [
+                [
+                    *cells,
+                    *(figure(run.results[k]) for k in ("loss", "examples", "images_per_second")),
+                ]
+            ],
+        )
+    keys = dict.fromkeys(name for line in run.metrics for name in line)
+    panels = {
+        panel: {
+            name: points
+            for name in keys
+            if name.rpartition("/")[2].startswith(panel) and (points := curve(run.metrics, name))
+        }
+        for panel in PANELS
+    }
+    if panels := {panel: lines for panel, lines in panels.items() if lines}:
+        page.picture("curves", curves(panels))
+    page.heading("Where the time went")
+    page.text(summary(folder) or "No time.json was kept.", verbatim=True)
+    page.heading("Pictures")
+    for path in sorted(folder.glob("*.png")):
+        page.picture(path.stem, smaller(path), path.name)
+    for part in ("reconstructions", "predictions"):
+        if content := newest_picture(folder / part):
+            page.picture(part, content, f"{part}, the newest")
+    page.heading("Config: what differs from the defaults, the paper's pretraining of ViT-B")
+    defaults = flatten(default_config().to_dict())
+    changed = {k: v for k, v in run.config.items() if v != defaults.get(k)}
+    rows = [[k, str(v), str(defaults.get(k, "-"))] for k, v in changed.items()]
+    page.table(["field", "this run", "default"], rows)
+
+
+def write_report(folder: epath.Path) -> None:
+    """Writes the report of a sweep or a run into it; UserError where it is neither."""
+    page = Page(folder.name)
+    if (folder / RECORD).exists():
+        for name, sweep in read_json(folder / RECORD)["sweeps"].items():
+            add_sweep(page, folder, name, sweep)
+    elif (folder / "config.json").exists():
+        add_run(page, folder)
+    else:
+        neither = f"neither {RECORD}, as sweeps keep, nor config.json, as runs do"
+        raise UserError(f"{folder}: {neither}; give a folder of one of the two")
+    page.write(folder / "report")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = cli.Parser("report", __doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="of a sweep or of one run")
+    for text in parser.parse_args(argv).folders:
+        write_report(to_path(text))
+        print(f"wrote {to_path(text) / 'report' / 'index.html'}")
