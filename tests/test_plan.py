@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from mae_jax import UserError, plan
+from mae_jax.config import default_config
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.planning.chips import parse_pod
 from mae_jax.tasks import create_task
@@ -117,6 +118,15 @@ def test_a_step_that_does_not_fit_ends_with_three_and_advice():
     assert figures["peak_bytes"] > figures["available_bytes"]
     assert any("accumulate=2" in one for one in figures["advice"])
     assert "needs" in done.stderr
+
+
+def test_repeated_crops_share_the_time_to_decode_and_jitter_takes_its_own():
+    config = default_config()
+    assert plan.decode_ms(config) == pytest.approx(3.6)
+    config.data.resize, config.data.repeat = "fast", 4
+    assert plan.decode_ms(config) == pytest.approx(0.7)
+    config.augment.color_jitter = 0.4
+    assert plan.decode_ms(config) == pytest.approx(3.7)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ class Transform(Protocol):
         """Returns an array for each entry of the schema; raises DecodeError naming the record."""
 
     def decoded(self, record: Record) -> Record:
-        """The record as this makes the same of, but quicker; asked where it is to be repeated."""
+        """A record of which this makes the same, sooner: asked where there are several crops."""
 
 
 def example_rng(seed: int, g: int) -> np.random.Generator:
