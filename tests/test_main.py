@@ -262,6 +262,26 @@ def test_two_processes_of_four_devices_compute_what_one_device_does(undisturbed,
 
 
 @pytest.mark.slow
+def test_repeated_crops_are_those_of_one_run_on_two_processes_and_after_a_kill(tmp_path):
+    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
+    fields = {"data__repeat": 4, "data__crop": "fixed", "augment__color_jitter": 0.4}
+    result = run(whole, **fields)
+    assert result.returncode == 0, result.stderr
+    assert kill_at_random_moments(command(killed, checkpoint__every=1, **fields), killed, 1) > 0
+    result = run(killed, checkpoint__every=1, **fields)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(killed, whole)
+    result = in_two_processes(command(two, **fields), devices=4)
+    assert result.returncode == 0, result.stdout
+    expected, found = losses(whole), losses(two)
+    assert expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    result = in_two_processes(command(tmp_path / "odd", data__repeat=16), devices=4)
+    assert result.returncode == 2
+    assert "data.repeat = 16: a process holds 8 rows" in result.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "message"),
     [
