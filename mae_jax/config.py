@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax import UserError
 from mae_jax.models.classifier import POOLS
+from mae_jax.models.dvae import STRIDE
 from mae_jax.models.masking import SAMPLERS, num_kept
 from mae_jax.models.targets import TARGETS
 from mae_jax.models.targets.hog import CELL
@@ -33,14 +34,17 @@ TASKS = {
     "finetune": "finetune.Finetune",
     "scratch": "finetune.Finetune",
     "linear_probe": "linear_probe.LinearProbe",
+    "tokenizer": "tokenizer.Tokenizer",
 }
 MAE = ("pretrain",)
 TUNE = ("finetune",)
 CLASSIFY = ("finetune", "scratch")
 PROBE = ("linear_probe",)
+DVAE = ("tokenizer",)
 LABELS = (*CLASSIFY, *PROBE)
 STARTS = (*MAE, *TUNE, *PROBE)  # from weights
-WHOLE = (*MAE, *CLASSIFY)  # models, not a head alone
+VIT = (*MAE, *CLASSIFY, *PROBE)
+WHOLE = (*MAE, *CLASSIFY, *DVAE)  # models, not a head alone
 DTYPES = ("float32", "bfloat16")
 ANY = ()
 
@@ -80,22 +84,31 @@ FIELDS = {
     "trainable_blocks": Field(-1.0, "-1 or 0.5 or [0, inf)", "how many of the last blocks", TUNE),
     "compute_dtype": Field("bfloat16", DTYPES, "parameters, softmax, norms, loss stay float32"),
     "target": Field("norm_pixel", TARGETS, "what the decoder predicts", MAE),
-    "model.variant": Field("b", tuple(VARIANTS), "size of the ViT"),
-    "model.patch_size": Field(16, "[1, inf)", "pixels"),
+    "tokenizer": Field("", ANY, "file or workdir of the dVAE whose codes target=token is", MAE),
+    "model.variant": Field("b", tuple(VARIANTS), "size of the ViT", VIT),
+    "model.patch_size": Field(16, "[1, inf)", "pixels", VIT),
     "model.image_size": Field((224,), "[1, inf)", "pixels: one side, or height,width"),
     "model.channels": Field(3, "[1, inf)", "of the images"),
-    "model.width": Field(0, "[0, inf)", "0 takes the variant's"),
-    "model.depth": Field(0, "[0, inf)", "0 takes the variant's"),
-    "model.heads": Field(0, "[0, inf)", "0 takes the variant's"),
-    "model.stacking": Free("unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower"),
-    "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work"),
+    "model.width": Field(0, "[0, inf)", "0 takes the variant's", VIT),
+    "model.depth": Field(0, "[0, inf)", "0 takes the variant's", VIT),
+    "model.heads": Field(0, "[0, inf)", "0 takes the variant's", VIT),
+    "model.stacking": Free(
+        "unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower", VIT
+    ),
+    "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work", VIT),
     # bfloat16 here and in optim.reduce_dtype takes 8 % fewer cycles and as much memory (`plan`:
     # ViT-L, 512 images on v5e:4x4), and the latents' error doubles (9.5e-3 for 4.9e-3).
-    "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks"),
+    "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks", VIT),
     "model.drop_path": Field(0.0, "[0, 1)", "of the last block, falling to 0 below it", CLASSIFY),
     "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
     "decoder.width": Field(512, "[1, inf)", "of its tokens", MAE),
     "decoder.heads": Field(16, "[1, inf)", "of its attention", MAE),
+    # The tokenizer that task=tokenizer trains; target=token takes its numbers from the file.
+    "dvae.codes": Field(8192, "[2, inf)", "in its vocabulary", DVAE),
+    "dvae.width": Field(256, "[4, inf)", "of the first of its four groups", DVAE),
+    "dvae.blocks": Field(2, "[1, inf)", "in each group", DVAE),
+    "dvae.kl": Field(1e-4, "[0, inf)", "weight of the codes' divergence from all alike", DVAE),
+    "dvae.temperature": Field((1.0, 1 / 16), "(0, inf)", "of its softmax: first,last", DVAE),
     "mask.kind": Field("random", SAMPLERS, "which patches are hidden", MAE),
     "mask.ratio": Field(0.75, "(0, 1)", "share of the patches that is hidden", MAE),
     # mean: of the patch tokens, then a new norm; cls: the class token, after the encoder's norm.
@@ -419,15 +432,30 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     depth, blocks = model.depth or shape.depth, config.trainable_blocks
     if blocks not in (-1, 0.5) and (blocks != int(blocks) or blocks > depth):
         yield f"trainable_blocks = {blocks}: give -1, 0, 0.5 or an integer up to the depth, {depth}"
-    size, patch = image_size(config), model.patch_size
+    size, patch = image_size(config), STRIDE if task in DVAE else model.patch_size
     if len(size) != 2:
         yield f"model.image_size = {size}: give one side or height,width"
     for name, side in zip(("height", "width"), size, strict=True):
         if side % patch:
             lower = side // patch * patch
             near = f"the nearest that are: {lower or patch}, {lower + patch}"
-            wrong = f"{name} {side} is not divisible by model.patch_size = {patch}"
+            what = f"the tokenizer's {patch}" if task in DVAE else f"model.patch_size = {patch}"
+            wrong = f"{name} {side} is not divisible by {what}"
             yield f"model.image_size: {wrong}; {near}"
+    if config.target == "token" and not config.tokenizer:
+        yield (
+            "target = 'token' needs a tokenizer: give tokenizer=FILE, the pytorch_model.bin of "
+            "facebook/flava-image-codebook (DALL-E's), or the workdir of a run with task=tokenizer"
+        )
+    if config.tokenizer and config.target != "token":
+        unused = f"target {config.target} has no use for it; leave it empty or give target=token"
+        yield f"tokenizer = {config.tokenizer!r}: {unused}"
+    if task in DVAE and config.compute_dtype != "float32":
+        yield f"compute_dtype = {config.compute_dtype}: a tokenizer needs float32, or codes change"
+    if config.dvae.width % 4:
+        yield f"dvae.width = {config.dvae.width}: give a multiple of 4"
+    if len(config.dvae.temperature) != 2:
+        yield f"dvae.temperature = {config.dvae.temperature}: give two numbers, first,last"
     if config.target == "hog" and patch % CELL:
         lower = patch // CELL * CELL
         near = f"give {lower or CELL} or {lower + CELL}, or another target"

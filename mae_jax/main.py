@@ -191,7 +191,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     picture_positions(mesh_lib.local_positions(config.batch_size, mesh), config.data.repeat)
     data = open_splits(config)
-    task = create_task(config, len(data.train), data.classes, mesh, data.train.class_names)
+    names = data.train.class_names
+    task = create_task(config, len(data.train), data.classes, mesh, names, workdir)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from mae_jax import UserError, cli
-from mae_jax.models.targets import TARGETS
 from mae_jax.pictures.grids import reconstruction_grid
 from mae_jax.pretrained import Model
 from mae_jax.storage.files import write_png
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **model.reconstruct(images, ratio, args.seed),
             names=[pathlib.Path(file).name for file in args.images],
             title=model.source,
-            note=TARGETS[model.spec.target].note,
+            note=model.spec.mae().target.note,
         )
         for ratio in args.mask_ratio
     ]

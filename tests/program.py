@@ -44,6 +44,13 @@ TINY_CLASSIFIER = {
     "eval.batches": 0,
     "eval.batch_size": 64,
 }
+TINY_TOKENIZER = {
+    **{name: x for name, x in TINY.items() if name.split(".")[0] not in ("model", "decoder")},
+    "model.image_size": 16,
+    "dvae.codes": 32,
+    "dvae.width": 8,
+}
+TINY_OF = {"configs/quickstart.py": TINY, "configs/tokenizer.py": TINY_TOKENIZER}
 PLAIN = {
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
@@ -54,7 +61,7 @@ PLAIN = {
 
 
 def command(workdir, config="configs/quickstart.py", **fields):
-    tiny = TINY if config == "configs/quickstart.py" else TINY_CLASSIFIER
+    tiny = TINY_OF.get(config, TINY_CLASSIFIER)
     values = tiny | {name.replace("__", "."): value for name, value in fields.items()}
     return [
         *(sys.executable, "-m", "mae_jax.main", f"--config={ROOT / config}"),

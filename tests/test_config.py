@@ -18,6 +18,7 @@ VARIANTS = {
     "finetune.py": ("vit_b", "vit_l", "vit_h", "vit_h_448", "mmselfsup"),
     "partial.py": ("vit_b", "vit_l", "vit_h"),
     "scratch.py": ("vit_b", "vit_l", "vit_h"),
+    "tokenizer.py": ("demo", "imagenet"),
     "linear_probe.py": ("vit_b", "vit_l", "vit_h", "mmselfsup"),
 }
 

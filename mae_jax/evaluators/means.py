@@ -21,6 +21,7 @@ class Evaluation:
         self, task: Task, inputs: Any, writer: MetricsWriter, shardings: Any, max_batches: int
     ):
         self._inputs, self._writer, self._max_batches = inputs, writer, max_batches or None
+        self._scalars = task.scalars
         self._run = OverSplit(task.eval_step, task.mesh, task.eval_batch_size, shardings)
 
         self._schema = {**task.batch_schema, "weight": ArraySpec((), np.float32)}
@@ -37,6 +38,7 @@ class Evaluation:
         with self._inputs.eval_batches(run.positions, run.batch_size) as batches:
             some = itertools.islice(batches, self._max_batches)
             metrics, count = means(run(state, some, examples=examples, label="evaluation"))
+        metrics = self._scalars(metrics)
         scalars = {f"eval/{name}": mean for name, mean in metrics.items()}
         self._writer.write(step, {**scalars, "eval/examples": count})
         text = "  ".join(f"{name} {mean:.4f}" for name, mean in metrics.items())

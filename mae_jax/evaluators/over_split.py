@@ -108,12 +108,12 @@ class OverSplit:
             yield from self(params, batches, examples=len(source), label=label)
 
 
-def means(results: Iterable[Results]) -> tuple[dict[str, float], int]:
+def means(results: Iterable[Results]) -> tuple[dict[str, Any], int]:
     """Sums over batches divided by the sum of "weight", and that sum, the number of examples."""
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     for result in results:
         for name, value in result.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+            totals[name] = totals.get(name, 0.0) + np.float64(value)
     count = totals.pop("weight")
     if not count:
         raise UserError("no record of the split can be decoded: there is nothing to evaluate")

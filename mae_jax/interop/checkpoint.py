@@ -75,10 +75,10 @@ def open_checkpoint(
         spec = _complete(spec, overrides, path)
         source = f"workdir {path}, step {facts['steps']}"
         return _checked(to_official(params, spec), spec, source, notes, facts)
-    return _from_tensors(path if path.is_file() else _file_of(path), fallback, overrides)
+    return _from_tensors(path if path.is_file() else file_of(path), fallback, overrides)
 
 
-def _file_of(folder: epath.Path) -> epath.Path:
+def file_of(folder: epath.Path) -> epath.Path:
     """The weights in a folder: one file of tensors, or the index of several."""
     if (index := folder / "model.safetensors.index.json").is_file():
         return index

@@ -10,7 +10,7 @@ from mae_jax import UserError
 from mae_jax.interop.adapt import change_channels, resize_patches, resize_positions
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.class_names import require_same_classes
-from mae_jax.interop.names import is_decoder, official_name
+from mae_jax.interop.names import Tensors, is_decoder, official_name
 from mae_jax.interop.weights import Params, from_official
 from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.files import PathLike
@@ -76,6 +76,9 @@ def load_into(
     use_decoder = parts == "all" and "mask_token" in wanted and theirs.decoder_depth > 0
     if use_decoder:
         _require_same_decoder(theirs, model, source)
+        if model.target == "token":
+            own = {name: flat[path] for name, path in wanted.items()}
+            _require_same_tokenizer(checkpoint.tensors, own, source)
     use_head = theirs.pool == model.pool and theirs.classes == model.classes
     if use_head and model.classes:
         try:
@@ -117,6 +120,19 @@ def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> N
     if theirs.target and model.target and theirs.target != model.target:
         targets = f"predicts {theirs.target}, the model's {model.target}"
         raise UserError(f"{source}: its decoder {targets}. Set target to match, {remedy}")
+    if theirs.tokenizer != model.tokenizer:
+        shapes = f"codes of a tokenizer {theirs.tokenizer}, not {model.tokenizer}"
+        raise UserError(f"{source}: its decoder predicts {shapes}. Give that tokenizer, {remedy}")
+
+
+def _require_same_tokenizer(chosen: Tensors, own: Tensors, source: str) -> None:
+    """UserError where a decoder was trained on codes of other weights than the model's `own`."""
+    for name, x in own.items():
+        if name.startswith("target_state.") and not np.array_equal(chosen[name], x):
+            raise UserError(
+                f"{source}: its decoder predicts the codes of another tokenizer. Give that one, or "
+                "load the encoder alone (init_parts = encoder)"
+            )
 
 
 def _adapt(tensors: dict[str, np.ndarray], theirs: ModelSpec, model: ModelSpec) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mae_jax import UserError
 from mae_jax.interop.weights import Params
 from mae_jax.models.classifier import probe_params
 from mae_jax.models.spec import ModelSpec
@@ -22,6 +23,8 @@ def read_workdir(workdir: epath.Path) -> tuple[Params, ModelSpec, dict[str, Any]
     norm absorbed into a probe's head), description, facts for a card, notes."""
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
+    if config.get("task") == "tokenizer":
+        raise UserError(f"{workdir}: a tokenizer, no encoder; pretraining takes it as tokenizer=")
     averaged = state["ema"] is not None
     params = state["ema" if averaged else "params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mae_jax import UserError
 from mae_jax.models.classifier import Classifier
+from mae_jax.models.dvae import STRIDE
 from mae_jax.models.mae import MAE, Decoder
 from mae_jax.models.masking import Masking
 from mae_jax.models.targets import TARGETS
@@ -43,6 +44,7 @@ class ModelSpec:
     pool: str = ""  # what the head reads, see `models.classifier.Classifier`; empty: no head
     classes: int = 0  # outputs of the head
     class_names: tuple[str, ...] = ()  # in the order of the classes; empty where nobody knows
+    tokenizer: tuple[int, ...] = ()  # a `models.dvae.DVAEShape`, where the target is its codes
 
     def __post_init__(self) -> None:
         p, width, heads = self.patch_size, self.decoder_width, self.decoder_heads
@@ -77,6 +79,10 @@ class ModelSpec:
             decoder = config["decoder"]
             own = {f"decoder_{name}": decoder[name] for name in ("width", "depth", "heads")}
             own |= {"target": config["target"], "mask_ratio": config["mask"]["ratio"]}
+        elif task == "tokenizer":
+            dvae = config["dvae"]
+            own = {"tokenizer": (dvae["codes"], dvae["width"], dvae["blocks"], 1)}
+            model = {**model, "patch_size": STRIDE}
         elif classes:
             pool = config["head"]["pool"]
             if task == "linear_probe" and pool == "mean":
@@ -129,7 +135,7 @@ class ModelSpec:
                 "not known what the decoder predicts: give target=norm_pixel (official *_full.pth) "
                 "or target=pixel (official mae_visualize_*.pth)"
             )
-        target = TARGETS[self.target](self.patch_size, self.channels)
+        target = TARGETS[self.target].of(self)
         shape = (self.decoder_width, self.decoder_depth, self.decoder_heads)
         decoder = Decoder(self.grid, target.outputs, *shape, **how)
         return MAE(self.encoder(**how), decoder, target)
@@ -160,8 +166,9 @@ class ModelSpec:
     def to_json(self) -> str:
         """For `from_json`; a field that is younger than others is there only where it is used."""
         fields = dataclasses.asdict(self)
-        if not self.class_names:
-            del fields["class_names"]
+        for name in ("class_names", "tokenizer"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields)
 
     def to_metadata(self) -> dict[str, str]:

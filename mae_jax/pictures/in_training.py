@@ -13,7 +13,7 @@ from mae_jax.models.patches import denormalize
 from mae_jax.pictures.grids import image_grid, prediction_grid, reconstruction_grid
 from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState
-from mae_jax.train.task import Pretraining, Tuning
+from mae_jax.train.task import Pretraining, Recoding, Tuning
 
 
 class Drawing:
@@ -60,6 +60,20 @@ def draw_reconstructions(
         return reconstruction_grid(images, **result, names=names, title=title, note=note)
 
     return Drawing(task.reconstruct, images, draw, directory, task.mesh)
+
+
+def draw_pairs(task: Recoding, data: Splits, count: int, directory: epath.Path) -> Drawing:
+    """`count` images of the evaluation split, each left of what their codes give."""
+    images, _, _ = data.examples(data.eval, count)
+
+    def function(state: TrainState, images: jax.Array) -> jax.Array:
+        return (task.reconstruct(state, images)[0] * 255).round().astype(images.dtype)
+
+    def draw(title: str, again: np.ndarray) -> np.ndarray:
+        pairs = np.stack([images, again], axis=1).reshape(-1, *images.shape[1:])
+        return image_grid(pairs, f"{title}: originals, and right of each what its codes give")
+
+    return Drawing(function, images, draw, directory, task.mesh)
 
 
 def draw_predictions(task: Tuning, data: Splits, count: int, directory: epath.Path) -> Drawing:

@@ -48,14 +48,14 @@ class BaseTask:
     decays = staticmethod(optimizers.decays)  # which parameters have weight decay
 
     def __init__(
-        self, config: ConfigDict, examples: int, spec: ModelSpec, encoder: ViT, mesh: Mesh
+        self, config: ConfigDict, examples: int, spec: ModelSpec, encoder: ViT | None, mesh: Mesh
     ):
         self.total_steps = config_lib.total_steps(config, examples)
         self.batch_size = config.batch_size
         self.eval_batch_size = config.eval.batch_size or config.batch_size
         self.mesh, self.spec, self.encoder = mesh, spec, encoder
         self.mean, self.std = spec.mean, spec.std
-        self.image_shape = (*encoder.image_size, encoder.channels)
+        self.image_shape = (*spec.image_size, spec.channels)
         self.batch_schema = {
             "image": ArraySpec(self.image_shape, np.uint8),
             "label": ArraySpec((), np.int32),
@@ -72,6 +72,7 @@ class BaseTask:
         )
         name = config_lib.optimizer(config)
         self.optimizer = optimizers.create(name, self.schedule, config.optim, mask=self.decays)
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.reduce_dtype = jnp.dtype(config.optim.reduce_dtype)
         self._seed = config.seed
 
@@ -79,7 +80,7 @@ class BaseTask:
         self, state: TrainState, loss_fn: LossFn, examples: dict, parts: int
     ) -> tuple[TrainState, Metrics]:
         """One step down the gradients of `loss_fn`; see `gradients`."""
-        types = {"compute_dtype": self.encoder.dtype, "reduce_dtype": self.reduce_dtype}
+        types = {"compute_dtype": self.compute_dtype, "reduce_dtype": self.reduce_dtype}
         grads, metrics = gradients(loss_fn, state, examples, mesh=self.mesh, parts=parts, **types)
         with jax.named_scope("optimizer"):
             metrics |= {"grad_norm": optax.tree.norm(grads), "lr": self.schedule(state.step)}
@@ -98,6 +99,10 @@ class BaseTask:
     def prepare(self, state: TrainState, data: Splits) -> TrainState:
         """The state as it is."""
         return state
+
+    def scalars(self, means: dict[str, Any]) -> dict[str, float]:
+        """The means as they are."""
+        return means
 
     def inputs(self, data: Splits, state: TrainState, workdir: epath.Path) -> Any:
         """The data as they are."""

@@ -1,5 +1,9 @@
 """The data of a run, as its config describes them."""
 
+import contextlib
+import json
+
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import UserError
@@ -10,6 +14,18 @@ from mae_jax.data.randaugment import parse_randaugment
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes
 from mae_jax.data.transforms import EvalTransform, TrainTransform
+from mae_jax.interop.tokenizer_file import read_tokenizer
+from mae_jax.storage.checkpoints import read_newest
+
+
+def tokenizer_shape(path: str, channels: int, workdir: epath.Path | None = None) -> tuple[int, ...]:
+    """The architecture of the tokenizer in `path`, or that of a run whose checkpoints hold one."""
+    if workdir is not None:
+        with contextlib.suppress(UserError):  # a new run, or one that is begun again
+            _, record, _ = read_newest(workdir / "checkpoints", ("step",))
+            if known := json.loads(record.get("model", "{}")).get("tokenizer"):
+                return tuple(known)
+    return tuple(read_tokenizer(path, channels)[0])
 
 
 def open_splits(config: ConfigDict) -> Splits:

@@ -15,6 +15,7 @@ from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import place
 from mae_jax.distributed.sharding import gather_params, shardings_of
 from mae_jax.evaluators.online_probe import Probe
+from mae_jax.interop.tokenizer_file import read_tokenizer
 from mae_jax.models import flops
 from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import Masking, sample_masking
@@ -39,22 +40,26 @@ class Pretrain(BaseTask):
         self.mask_ratio = config.mask.ratio
         del self.batch_schema["label"]
         forward = flops.mae_forward_macs(self.model, self.mask_ratio)
-        self.train_flops_per_image = flops.train_flops(forward)
+        fixed = self.model.target.macs(spec.image_size)  # nothing runs back through it
+        self.train_flops_per_image = flops.train_flops(forward + fixed, forward)
+        self.tokenizer = config.tokenizer
 
     def prepare(self, state: TrainState, data: Splits) -> TrainState:
-        """Fits the state of the target to training images, where it has one to be fitted."""
-        if not self.model.target.fitted:
+        """Gives the target its state: the tokenizer's weights, or what fits training crops."""
+        if not (self.tokenizer or self.model.target.fitted):
             return state
 
-        def fit() -> Any:
+        def make() -> Any:
+            if self.tokenizer:
+                return read_tokenizer(self.tokenizer, self.spec.channels)[1]
             with data.crops() as batches:
                 images = (normalize(batch["image"], self.mean, self.std) for batch in batches)
                 return self.model.target.fit(map(np.asarray, images))
 
         # All compute it alike, but for the last bits where their CPUs are not of one kind.
-        fitted = multihost_utils.broadcast_one_to_all(in_every_process(fit))
-        fitted = place(fitted, shardings_of(state.frozen["target_state"]))
-        return state.replace(frozen={**state.frozen, "target_state": fitted})
+        made = multihost_utils.broadcast_one_to_all(in_every_process(make))
+        made = place(made, shardings_of(state.frozen["target_state"]))
+        return state.replace(frozen={**state.frozen, "target_state": made})
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""

@@ -40,6 +40,9 @@ class Task(Protocol):
     def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
         """Sums over batch number `index`, each example times its "weight" [B], with their count."""
 
+    def scalars(self, means: dict[str, Any]) -> dict[str, float]:
+        """What is told of an evaluation, from the means of `eval_step` over its examples."""
+
     def inputs(self, data: Any, state: TrainState, workdir: epath.Path) -> Any:
         """Where batches come from: `data`, unless the task makes something of it first."""
 
@@ -63,6 +66,13 @@ class Pretraining(Task, Protocol):
 
     def reconstruct(self, state: TrainState, images: jax.Array) -> dict[str, jax.Array]:
         """Images [B, H, W, C] uint8 with removed patches as predicted."""
+
+
+class Recoding(Task, Protocol):
+    """What pictures of a tokenizer ask beside."""
+
+    def reconstruct(self, state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images [B, H, W, C] uint8 from their codes: pixels in [0, 1], codes [B, h, w]."""
 
 
 class Tuning(Task, Protocol):

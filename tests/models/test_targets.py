@@ -1,17 +1,24 @@
 """Targets: the two of the paper, and what others need."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dvae_weights import random_dvae
+from PIL import Image
 
 from mae_jax import UserError, main
 from mae_jax.config import validate
+from mae_jax.distributed.sharding import in_compute_type
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_encoder, export_official, export_orbax
+from mae_jax.interop.tensor_files import read_tensors
+from mae_jax.interop.tokenizer_file import write_tokenizer
+from mae_jax.models.dvae import DVAE, DVAEShape
 from mae_jax.models.inference import reconstruct
 from mae_jax.models.masking import sample_masking
 from mae_jax.models.patches import patchify, unpatchify
@@ -21,7 +28,9 @@ from mae_jax.models.targets.base import Target
 from mae_jax.models.targets.hog import HOG
 from mae_jax.models.targets.pixels import NormPixel, Pixel
 from mae_jax.models.targets.principal import PCA
+from mae_jax.models.targets.token import Token
 from mae_jax.tasks.inputs import open_splits
+from mae_jax.train.metrics import read_metrics
 
 SPEC = ModelSpec((8, 8), 4, 1, 16, 1, 2, 8, 1, 2, "norm_pixel", 0.5, (0.5,), (0.25,))
 
@@ -168,6 +177,123 @@ class Brightness(Target):
 
     def loss(self, predictions, values):
         return optax.softmax_cross_entropy_with_integer_labels(predictions, values)
+
+
+DVAE_SHAPE = DVAEShape(codes=64, width=8, blocks=1, decoder=1)
+
+
+@jax.jit
+def encoded(weights, mapped):
+    return DVAE(DVAE_SHAPE, 1).apply({"params": weights}, mapped, method="encode")
+
+
+@jax.jit
+def decoded(weights, shares):
+    return DVAE(DVAE_SHAPE, 1).apply({"params": weights}, shares, method="decode")
+
+
+def test_tokens_are_of_the_image_resized_to_eight_pixels_a_patch():
+    pixels = np.random.default_rng(0).uniform(size=(2, 64, 48, 1)).astype(np.float32)
+    target, weights = Token(16, 1, DVAE_SHAPE, (0.5,), (0.25,)), random_dvae(DVAE_SHAPE, 1)
+    small = [  # Pillow's Lanczos is BEiT's
+        np.asarray(Image.fromarray(x[..., 0]).resize((24, 32), Image.Resampling.LANCZOS))
+        for x in pixels
+    ]
+    mapped = np.clip(small, 0, 1)[..., None] * 0.8 + 0.1
+    expected = encoded(weights, mapped)
+    images = (pixels - 0.5) / 0.25
+    logits = jax.jit(target.logits)(images, weights)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    codes = np.asarray(expected).argmax(-1).reshape(2, 12)
+    np.testing.assert_array_equal(jax.jit(target.values)(images, weights), codes)
+
+
+def test_token_loss_is_the_cross_entropy_of_the_codes_on_hidden_patches():
+    spec = dataclasses.replace(SPEC, target="token", tokenizer=tuple(DVAE_SHAPE))
+    model, keys = spec.mae(), jax.random.split(jax.random.key(0), 2)
+    images, _ = images_and_patches()
+    masking = sample_masking("random", keys, spec.grid, 0.5)
+    params = jax.jit(model.init)(jax.random.key(1), images, masking)["params"]
+    params["target_state"] = random_dvae(DVAE_SHAPE, 1)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def run(params):
+        output = model.apply({"params": params}, images, masking)
+        return output.loss.mean(), output
+
+    grads, output = jax.jit(run)(params)
+    assert not any(x.any() for x in jax.tree.leaves(grads["target_state"]))
+    logits = np.asarray(output.predictions, np.float64)
+    assert logits.shape == (2, 4, 64)
+    codes = np.asarray(jax.jit(model.target.values)(images, params["target_state"]))
+    error = [
+        [np.log(np.exp(row).sum()) - row[code] for row, code in zip(rows, row_codes, strict=True)]
+        for rows, row_codes in zip(logits, codes, strict=True)
+    ]
+    np.testing.assert_allclose(output.loss, over_removed(np.array(error), masking.mask), rtol=1e-4)
+    np.testing.assert_allclose(model.target.loss(np.zeros((1, 1, 64)), codes[:1, :1]), np.log(64))
+
+
+def test_codes_do_not_change_with_the_type_that_the_model_computes_in():
+    spec = dataclasses.replace(SPEC, target="token", tokenizer=tuple(DVAE_SHAPE))
+    state = jax.eval_shape(spec.mae().target.init_state)
+    cast = in_compute_type({"target_state": state}, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("float32")}
+
+
+def test_pictures_of_tokens_come_from_the_decoder_or_are_said_to_be_none():
+    images, _ = images_and_patches()
+    target, state = Token(4, 1, DVAE_SHAPE, (0.5,), (0.25,)), random_dvae(DVAE_SHAPE, 1)
+    codes = np.asarray(jax.jit(target.values)(images, state))
+    draw = jax.jit(target.to_pixels)
+    right = np.eye(64)[codes]
+    hidden, none = np.ones((2, 4)), np.zeros((2, 4))
+    drawn = draw(right, images, hidden, state)
+    assert drawn.shape == (2, 4, 16)
+    # Where a patch is visible its true code is drawn, whatever was predicted.
+    np.testing.assert_array_equal(draw(0 * right, images, none, state), drawn)
+    shares = np.eye(64, dtype=np.float32)[codes].reshape(2, 2, 2, 64)
+    pixels = np.clip((np.asarray(decoded(state, shares)) - 0.1) / 0.8, 0, 1)
+    mean = np.asarray(drawn).mean() * 0.25 + 0.5
+    np.testing.assert_allclose(mean, pixels.mean(), atol=0.01)
+    without = Token(4, 1, DVAE_SHAPE._replace(decoder=0), (0.5,), (0.25,))
+    assert without.to_pixels(right, images, hidden, state) is None
+    assert "without a decoder" in without.note
+
+
+def test_token_needs_a_tokenizer_and_no_other_target_takes_one(tiny_config):
+    tiny_config.target = "token"
+    with pytest.raises(UserError, match=r"target = 'token' needs .* tokenizer=FILE"):
+        validate(tiny_config)
+    tiny_config.tokenizer = "t.bin"
+    validate(tiny_config)
+    tiny_config.target = "hog"
+    with pytest.raises(UserError, match=r"tokenizer = 't.bin': target hog has no use"):
+        validate(tiny_config)
+
+
+@pytest.mark.slow
+def test_a_run_with_tokens_goes_on_when_the_tokenizers_file_is_gone(tiny_config, tmp_path):
+    file, weights = tmp_path / "tokenizer.safetensors", random_dvae(DVAE_SHAPE)
+    write_tokenizer(weights, file)
+    tiny_config.target, tiny_config.tokenizer, tiny_config.steps = "token", str(file), 3
+    main.run(tiny_config, str(tmp_path / "run"))
+    (line,) = (x for x in read_metrics(tmp_path / "run/metrics.jsonl") if x["step"] == 2)
+    assert line["train/loss"] == pytest.approx(np.log(64), rel=0.3)
+    file.unlink()
+    main.run(tiny_config, str(tmp_path / "run"))  # restores and evaluates
+    checkpoint = open_checkpoint(tmp_path / "run")
+    assert checkpoint.spec.tokenizer == DVAE_SHAPE
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.params()["target_state"], weights)
+    assert ModelSpec.from_json(checkpoint.spec.to_json()) == checkpoint.spec
+    (exported,) = (tmp_path / "run/export").glob("*.safetensors")
+    assert not [name for name in read_tensors(exported)[0] if "target" in name]
+
+    other = tmp_path / "other.safetensors"
+    write_tokenizer(random_dvae(DVAE_SHAPE, seed=1), other)
+    tiny_config.tokenizer, tiny_config.init_from = str(other), str(tmp_path / "run")
+    with pytest.raises(UserError, match="codes of another tokenizer"):
+        main.run(tiny_config, str(tmp_path / "second"))
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ class Target:
     note: ClassVar[str] = ""  # what a reader must know of pictures of its predictions
     fitted: ClassVar[bool] = False  # whether `fit` makes the state, before a run's first step
 
+    @classmethod
+    def of(cls, spec: Any) -> "Target":
+        """The target of the model that a `ModelSpec` describes."""
+        return cls(spec.patch_size, spec.channels)
+
     @property
     def outputs(self) -> int:
         """How many numbers the decoder predicts for a patch."""
@@ -31,6 +36,10 @@ class Target:
     def init_state(self) -> Any:
         """The state of a new model: a dict of arrays, to be fitted or loaded; None for none."""
         return None
+
+    def macs(self, image_size: tuple[int, int]) -> int:
+        """Multiply-adds of matrix products for the values of one image [H, W]; few are none."""
+        return 0
 
     def fit(self, batches: Iterable[np.ndarray]) -> Any:
         """The state that fits training crops, batches [B, H, W, C] float32, normalised: as many as
