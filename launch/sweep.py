@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from mae_jax import UserError
 from mae_jax.config import TASKS
-from mae_jax.storage.files import in_bucket, to_path
+from mae_jax.storage.files import explain_failure, in_bucket, to_path
 from mae_jax.sweeps import LOG, Run, Sweeps, keep_record, last_line, prepare
 from mae_jax.train.ledger import read_times
 
@@ -165,7 +165,8 @@ class Runner:
         counts = collections.Counter(run.state for run in self._runs)
         states = ("running", "done", "failed", "left out", "waiting")
         text = ", ".join(f"{counts[s]} {s}" for s in states if counts[s])
-        return f"{text} of {len(self._runs)} runs; {time_left(self._runs, self._parallel)}"
+        left = time_left(self._runs, self._parallel)
+        return f"{text} of {len(self._runs)} runs" + f"; {left}" * bool(left)
 
 
 def time_left(runs: list[Run], parallel: int) -> str:
@@ -184,8 +185,12 @@ def time_left(runs: list[Run], parallel: int) -> str:
             left += (time.time() - run.began) * (1 - share) / share
         else:
             unknown += 1
-    text = f"left about {tqdm.format_interval(left / parallel)}"
-    return text + (f" and {unknown} not yet known" if unknown else "")
+    known = (
+        f"left about {tqdm.format_interval(left / parallel)}"
+        if left
+        else "time left" * bool(unknown)
+    )
+    return known + (f" and {unknown} runs" * bool(left) + " not yet known") * bool(unknown)
 
 
 def table(rows: dict[str, dict[str, Run]], room: int) -> list[str]:
@@ -220,7 +225,7 @@ def submit(runs: list[Run], options: list[str]) -> int:
         run.folder.mkdir(parents=True, exist_ok=True)
         after = jobs.get(run.needs.folder.name) if run.needs else None
         waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-        names = [f"--job-name={run.folder.name}", f"--output={run.folder / 'log.txt'}"]
+        names = [f"--job-name={run.folder.name}", f"--output={run.folder / LOG}"]
         script = [str(ROOT / "launch" / "slurm.sbatch"), *run.command()]
         number = output(["sbatch", "--parsable", *options, *names, *waits, *script]).strip()
         jobs[run.folder.name] = number.partition(";")[0]
@@ -292,8 +297,9 @@ def alone(workdir: epath.Path) -> Iterator[int]:
     """Waits until no other sweep, nor what one left running, works in DIR; gives the lock."""
     if in_bucket(workdir):
         raise UserError("--workdir: a bucket is for --print; here logs are kept, give a folder")
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = os.open(workdir / "sweep.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with explain_failure(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = os.open(workdir / "sweep.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -12,93 +12,27 @@ if __name__ == "__main__":
 
     raise SystemExit(start("report"))
 
-import base64
-import html
-import io
-import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
-from PIL import Image
 
 from mae_jax import UserError, cli
 from mae_jax.config import default_config, flatten
+from mae_jax.pictures.page import Page, newest_picture, smaller
 from mae_jax.pictures.plots import Point, curves, sweep_plot
 from mae_jax.results import percent
-from mae_jax.storage.files import read_json, to_path, write_atomically
+from mae_jax.storage.files import read_json, to_path
 from mae_jax.sweeps import RECORD, finished, last_line
 from mae_jax.train.ledger import read_times, summary
 from mae_jax.train.metrics import read_metrics
 
-WIDEST = 900  # pixels of a picture on the page
 STAGES = {"finetune": "fine-tuned", "scratch": "from scratch", "linear_probe": "probed"}
 CAPTION = "Ours on the left axis, the paper's (ViT-L, ImageNet) on the right. Neither starts at 0."
 # Of single runs: what stands together in a panel, by the end of the metrics' names.
 PANELS = ("loss", "top1", "lr", "grad_norm", "images_per_second")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em }
-h2 { border-bottom: 1px solid #ccc; margin-top: 2em } figure { margin: 1em 0 }
-img { max-width: 100% } figcaption { color: #555; font-size: 90% } div { overflow-x: auto }
-table { border-collapse: collapse; font-size: 90%; margin: 1em 0 } pre { font-size: 85% }
-th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left } th { background: #f4f4f4 }
-"""
-
-
-class Page:
-    """Parts in order, written as one HTML file and as Markdown with PNG files."""
-
-    def __init__(self, title: str):
-        self._title, self._files = title, {}
-        self._html, self._markdown = [f"<h1>{html.escape(title)}</h1>"], [f"# {title}"]
-
-    def heading(self, text: str, level: int = 2) -> None:
-        """A heading."""
-        self._html.append(f"<h{level}>{html.escape(text)}</h{level}>")
-        self._markdown.append(f"{'#' * level} {text}")
-
-    def text(self, text: str, verbatim: bool = False) -> None:
-        """A paragraph, or lines as they are."""
-        tag, fence = ("pre", "```\n") if verbatim else ("p", "")
-        self._html.append(f"<{tag}>{html.escape(text)}</{tag}>")
-        self._markdown.append(f"{fence}{text}{fence and chr(10) + '```'}")
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; nothing where it has no rows."""
-        if rows:
-            lines = [
-                "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-                for tag, cells in [("th", head), *(("td", row) for row in rows)]
-            ]
-            self._html.append(f"<div><table>{''.join(lines)}</table></div>")
-            cells = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
-            cells.insert(1, ["---"] * len(head))
-            self._markdown.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
-
-    def picture(self, name: str, content: bytes, caption: str = "") -> None:
-        """The content of a PNG file, to be called `name`.png."""
-        name = re.sub(r"[^\w.-]+", "_", name) + ".png"
-        self._files[name] = content
-        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        shown = f"<figcaption>{html.escape(caption)}</figcaption>" * bool(caption)
-        alt = html.escape(caption or name, quote=True)
-        self._html.append(f'<figure><img alt="{alt}" src="{source}">{shown}</figure>')
-        self._markdown.append(f"![{caption or name}]({name})")
-
-    def write(self, folder: epath.Path) -> None:
-        """Writes all files."""
-        for name, content in self._files.items():
-            write_atomically(folder / name, content)
-        write_atomically(folder / "report.md", "\n\n".join(self._markdown) + "\n")
-        title, body = html.escape(self._title), "\n".join(self._html)
-        head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        page = (
-            f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
-        )
-        write_atomically(folder / "index.html", page)
 
 
 class Facts(NamedTuple):
@@ -135,20 +69,6 @@ def look(folder: epath.Path, task: str = "") -> Facts:
         statistics.median(rates) if rates else None,
         newest_picture(folder / "reconstructions"),
     )
-
-
-def newest_picture(folder: epath.Path) -> bytes | None:
-    """The last step's picture of a folder, not wider than a page."""
-    files = sorted(folder.glob("step_*.png")) if folder.exists() else []
-    return smaller(files[-1]) if files else None
-
-
-def smaller(path: epath.Path) -> bytes:
-    """A picture as a PNG file that is not wider than the page."""
-    picture, content = Image.open(io.BytesIO(path.read_bytes())), io.BytesIO()
-    picture.thumbnail((WIDEST, 100 * WIDEST))
-    picture.save(content, "PNG", optimize=True)
-    return content.getvalue()
 
 
 def curve(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, float | None]]:
@@ -248,22 +168,37 @@ def add_results(
     head, rows = [sweep["axis"] or "member"], []
     for task in tasks:
         head += [f"{STAGES[task]}, top-1 %", "paper"]
+    head += ["loss at the end"] * (not tasks)  # of pretraining alone
     for key, member in members.items():
         same = member["x"] is None or f"{member['x']:g}" == key
         cells = [key if same or not member["paper"] else f"{key} (paper: {member['x']:g})"]
         for task in tasks:
             values = scores(facts[key], task)
-            runs = [own[task] for own in facts[key].values() if task in own]
-            open_runs = [run.state for run in runs if run.state != "done"]
+            states = dict.fromkeys(unfinished(own, task) for own in facts[key].values())
+            told = ", ".join(filter(None, states))
             cell = percent(values) if values else "-"
-            if open_runs:
-                cell = f"{cell}; unfinished: " * bool(values) + ", ".join(dict.fromkeys(open_runs))
-            if not runs and member.get("refused"):
+            if told:
+                cell = f"{cell}; unfinished: " * bool(values) + told
+            if not facts[key] and member.get("refused"):
                 cell = f"refused: {textwrap.shorten(member['refused'], 120)}"
             paper = (member["paper"] or {}).get(task)
             cells += [cell, "-" if paper is None else f"{paper:.1f}"]
+        if not tasks:
+            ends = [next(iter(own.values())) for own in facts[key].values()]
+            losses = [curve(run.metrics, "eval/loss")[-1:] for run in ends if run.state == "done"]
+            losses = [value for own in losses for _, value in own if value is not None]
+            told = ", ".join(dict.fromkeys(run.state for run in ends if run.state != "done"))
+            cells.append(f"{statistics.fmean(losses):.4f}" if losses else told or "-")
         rows.append(cells)
     page.table(head, rows)
+
+
+def unfinished(own: Mapping[str, Facts], task: str) -> str:
+    """How far a member's run is, or what it waits for; empty where it is done or not wanted."""
+    if task not in own or own[task].state == "done":
+        return ""
+    first = next(iter(own))
+    return f"{first}: {own[first].state}" if own[first].state != "done" else own[task].state
 
 
 def add_costs(page: Page, facts: dict[str, dict[str, dict[str, Facts]]]) -> None:
@@ -327,12 +262,13 @@ def add_run(page: Page, folder: epath.Path) -> None:
         page.picture("curves", curves(panels))
     page.heading("Where the time went")
     page.text(summary(folder) or "No time.json was kept.", verbatim=True)
-    page.heading("Pictures")
-    for path in sorted(folder.glob("*.png")):
-        page.picture(path.stem, smaller(path), path.name)
-    for part in ("reconstructions", "predictions"):
-        if content := newest_picture(folder / part):
-            page.picture(part, content, f"{part}, the newest")
+    pictures = {path.name: smaller(path) for path in sorted(folder.glob("*.png"))}
+    newest = {part: newest_picture(folder / part) for part in ("reconstructions", "predictions")}
+    pictures |= {f"{part}, the newest": content for part, content in newest.items() if content}
+    if pictures:
+        page.heading("Pictures")
+    for caption, content in pictures.items():
+        page.picture(caption.removesuffix(".png"), content, caption)
     page.heading("Config: what differs from the defaults, the paper's pretraining of ViT-B")
     defaults = flatten(default_config().to_dict())
     changed = {k: v for k, v in run.config.items() if v != defaults.get(k)}

@@ -82,16 +82,29 @@ def test_numbers_are_those_of_the_runs_beside_the_papers(sweep):
         *("75", f"75.00 ± {spread} (2)", "84.9", f"45.00 ± {spread} (2)", "73.5")
     ]
     fine, paper, probed, paper_probed = row(markdown, "masked, %", "50")[1:]
-    assert (fine, paper, paper_probed) == ("60.00; unfinished: not begun", "84.9", "69.9")
+    assert (fine, paper, paper_probed) == ("60.00; unfinished: pretrain: not begun", "84.9", "69.9")
     assert probed.startswith("30.00")
     # One pretraining of one hour and a half, half of it between starts; 100 and 200 images/s.
     assert row(markdown, "member", "50")[1:3] == ["1", "150"]
 
 
+def test_a_sweep_of_pretraining_alone_shows_its_loss(tmp_path):
+    sweeps = prepare(tmp_path, "quickstart", grids=["mask.ratio=0.5,0.75"])
+    keep_record(tmp_path, sweeps.record)
+    for run, loss in zip(sweeps.runs, (0.25, 0.5), strict=True):
+        write_run(run.folder, run.config)
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 20, "eval/loss": loss}) + "\n")
+    markdown, _ = written(tmp_path)
+    assert row(markdown, "mask.ratio", "0.5") == ["0.5", "0.2500"]
+    assert row(markdown, "mask.ratio", "0.75") == ["0.75", "0.5000"]
+
+
 def test_unfinished_members_are_marked(sweep):
     markdown, _ = written(sweep)
-    assert row(markdown, "masked, %", "10")[1] == "not begun"
-    assert row(markdown, "masked, %", "90")[1] == "not begun"  # its pretraining is half through
+    assert row(markdown, "masked, %", "10")[1] == "pretrain: not begun"
+    cell = "pretrain: step 10 of 20 (error: no room on the disk), pretrain: not begun"
+    assert row(markdown, "masked, %", "90")[1] == cell
     assert "Base tiny. 9 of 60 runs are finished." in markdown
 
 
