@@ -22,9 +22,7 @@ LOG = "log.txt"  # in the folder of a run, what it printed
 # What tells two runs apart: all that changes what they compute, and what they are evaluated on.
 _NOT_COMPARED = {*config_lib.FREE_FIELDS, "init_from"} - {"data.dir", "eval.batches"}
 # Follow-ups read the same data with the same model: these fields are theirs, too.
-_SHARED = re.compile(
-    r"model\.|data\.(name|dir|train_split|eval_split|mean|std|workers|threads)$"
-).match
+_SHARED = re.compile(r"model\.|data\.(name|dir|eval_split|mean|std|workers|threads)$").match
 
 Fields = dict[str, Any]
 Base = dict[str, tuple[str, Fields]]  # {task: (recipe, fields)}, in the order run
@@ -171,6 +169,9 @@ class Plan:
             if first is not None:
                 fields["init_from"] = str(first.folder)
             config = configured(recipe, fields)
+            if given.get("tokenizer") and config.target != "token":
+                config.tokenizer = ""  # it is for the members that read it
+                fields.pop("tokenizer")
             config_lib.validate(config)
             key = fingerprint(config, first_key)
             if first is None:

@@ -59,6 +59,17 @@ def test_what_a_run_computes_names_its_folder(tmp_path):
     assert not set(names()) & set(wider)
 
 
+def test_a_tokenizer_is_for_the_member_that_reads_it(tmp_path):
+    given = {"config": {"tokenizer": "codes.bin"}}
+    sweeps = prepare(tmp_path, "tiny", files=["target", "schedule"], given=given)
+    assert sweeps.refused == []
+    read = [run.config.target for run in sweeps.runs if run.config.tokenizer]
+    assert read == ["token"]
+    assert prepare(tmp_path, "tiny", files=["schedule"]).rows.keys() < sweeps.rows.keys()
+    plain = {run.folder.name for run in prepare(tmp_path, "tiny", files=["schedule"]).runs}
+    assert plain < {run.folder.name for run in sweeps.runs}
+
+
 def test_a_grid_has_all_combinations(tmp_path):
     grids = ["data.scale=0.2,1;0.5,1", "mask.ratio=0.5,0.75,0.9"]
     sweeps = prepare(tmp_path, "quickstart", grids=grids)

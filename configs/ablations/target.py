@@ -29,9 +29,8 @@ PAPER = {
 
 def members(base: ConfigDict) -> Iterator[dict[str, Any]]:
     for target, (finetune, probe) in PAPER.items():
-        without = {"tokenizer": ""} if target != "token" and base.get("tokenizer") else {}
         yield {
             "name": target,
-            "pretrain": {"target": target, **without},
+            "pretrain": {"target": target},
             "paper": {"finetune": finetune, "linear_probe": probe},
         }
