@@ -22,8 +22,10 @@ import mae_jax
 from mae_jax import UserError
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.dvae import STRIDE
-from mae_jax.models.masking import SAMPLERS, num_kept
+from mae_jax.models.masking import FILE, KINDS, mask_problems
+from mae_jax.models.spec import DECODERS
 from mae_jax.models.targets import TARGETS
+from mae_jax.models.targets.base import LOSSES, Target
 from mae_jax.models.targets.hog import CELL
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
 from mae_jax.train.optimizers import OPTIMIZERS, hyperparameters
@@ -85,6 +87,7 @@ FIELDS = {
     "compute_dtype": Field("bfloat16", DTYPES, "parameters, softmax, norms, loss stay float32"),
     "target": Field("norm_pixel", TARGETS, "what the decoder predicts", MAE),
     "tokenizer": Field("", ANY, "file or workdir of the dVAE whose codes target=token is", MAE),
+    "loss": Field("l2", LOSSES, "of a prediction: its squared or absolute error", MAE),
     "model.variant": Field("b", tuple(VARIANTS), "size of the ViT", VIT),
     "model.patch_size": Field(16, "[1, inf)", "pixels", VIT),
     "model.image_size": Field((224,), "[1, inf)", "pixels: one side, or height,width"),
@@ -100,6 +103,7 @@ FIELDS = {
     # ViT-L, 512 images on v5e:4x4), and the latents' error doubles (9.5e-3 for 4.9e-3).
     "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks", VIT),
     "model.drop_path": Field(0.0, "[0, 1)", "of the last block, falling to 0 below it", CLASSIFY),
+    "decoder.kind": Field("blocks", DECODERS, "linear: one layer on the encoder's tokens", MAE),
     "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
     "decoder.width": Field(512, "[1, inf)", "of its tokens", MAE),
     "decoder.heads": Field(16, "[1, inf)", "of its attention", MAE),
@@ -109,8 +113,15 @@ FIELDS = {
     "dvae.blocks": Field(2, "[1, inf)", "in each group", DVAE),
     "dvae.kl": Field(1e-4, "[0, inf)", "weight of the codes' divergence from all alike", DVAE),
     "dvae.temperature": Field((1.0, 1 / 16), "(0, inf)", "of its softmax: first,last", DVAE),
-    "mask.kind": Field("random", SAMPLERS, "which patches are hidden", MAE),
+    "mask.kind": Field("random", KINDS, "which patches are hidden", MAE),
     "mask.ratio": Field(0.75, "(0, 1)", "share of the patches that is hidden", MAE),
+    "mask.file": Field("", ANY, "masks of kind file: .npy, [h, w] or [n, h, w], 1 = hidden", MAE),
+    "mask.unit": Field(0, "[0, inf)", "pixels: side of squares that are hidden; 0: a patch", MAE),
+    "mask.encoder_tokens": Field(False, ANY, "mask tokens pass the encoder", MAE),
+    "mask.loss": Field("masked", ("masked", "all"), "patches that the loss is over", MAE),
+    # Value of pixels where there are no data, as beyond the edge of a satellite's swath: patches of
+    # nothing else count in no loss, and images of no other patches in no mean.
+    "mask.invalid": Field(-1, "-1 or [0, 255]", "pixels without data; -1: there are none", MAE),
     # mean: of the patch tokens, then a new norm; cls: the class token, after the encoder's norm.
     "head.pool": Field("mean", tuple(POOLS), "what the head reads", LABELS),
     "head.classes": Field(0, "[0, inf)", "0: as many as the data set has", LABELS),
@@ -466,11 +477,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             yield f"{name}.width = {width}: sine-cosine positions need a multiple of 4"
         if width % heads:
             yield f"{name}.width = {width} is not divisible by heads = {heads}"
-    patches = size[0] * size[1] // patch**2
-    kept = num_kept(patches, config.mask.ratio)
-    if task in MAE and not 0 < kept < patches:
-        kept = f"{kept} of {patches} patches"
-        yield f"mask.ratio = {config.mask.ratio} keeps {kept}: one at least must stay, and one go"
+    if task in MAE:
+        yield from _mask_problems(config, (size[0] // patch, size[1] // patch))
     if not config.steps and not config.epochs:
         yield "set steps or epochs: one of them must be above 0"
     if config.augment.color_jitter and model.channels != 3:
@@ -493,3 +501,29 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for name in ("scale", "ratio"):
         if len(value := config.data[name]) != 2 or value[0] > value[1]:
             yield f"data.{name} = {value}: give two numbers, the lower first, as 0.2,1"
+
+
+def _mask_problems(config: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
+    """What is wrong with masks, decoder and loss of a pretraining on `grid` patches."""
+    mask, patch = config.mask, config.model.patch_size
+    if (mask.kind == FILE) != bool(mask.file):
+        both = f"mask.kind = {mask.kind!r} and mask.file = {mask.file!r}"
+        yield f"{both}: the kind {FILE} needs a file, the others have no use for one"
+    if mask.unit % patch:
+        yield f"mask.unit = {mask.unit} is no multiple of model.patch_size = {patch}; 0 is a patch"
+    elif mask.kind == FILE and mask.unit:
+        yield f"mask.unit = {mask.unit}: masks of a file say every patch; leave it 0"
+    elif mask.kind != FILE:
+        yield from mask_problems(mask.kind, grid, mask.ratio, max(1, mask.unit // patch))
+    if mask.invalid >= 0 and config.augment.color_jitter:
+        yield "augment.color_jitter changes what mask.invalid looks for: leave one of them out"
+    if config.decoder.kind == "linear":
+        if not mask.encoder_tokens:
+            yield "decoder.kind = 'linear' reads all patches: give mask.encoder_tokens = true"
+        for name in ("depth", "width", "heads"):
+            default = FIELDS[f"decoder.{name}"].default
+            if (value := config.decoder[name]) != default:
+                unused = "decoder.kind = 'linear' has no use for this field"
+                yield f"decoder.{name} = {value}: {unused}; leave it {default}"
+    if config.loss != FIELDS["loss"].default and TARGETS[config.target].loss is not Target.loss:
+        yield f"loss = {config.loss!r}: target {config.target} has its own; leave it l2"

@@ -1,6 +1,7 @@
 """Pretrained models applied to pictures: what `mae_jax.load` gives."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import pathlib
@@ -13,17 +14,71 @@ from PIL import Image
 
 from mae_jax import UserError
 from mae_jax.data.folder import PictureFiles
+from mae_jax.data.mask_file import read_masks
 from mae_jax.data.record import Record
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.models.inference import classify_function, features_function, reconstruct
-from mae_jax.models.masking import num_kept, sample_masking
+from mae_jax.models.masking import FILE, Masking, choose_masking, mask_problems
+from mae_jax.models.spec import ModelSpec
 
 BATCH_SIZE = 64  # pictures computed at once
 
 Picture = str | os.PathLike | np.ndarray | Image.Image
 Pictures = np.ndarray | Sequence[Picture]
 Arrays = dict[str, np.ndarray]
+
+
+def draw_masks(
+    spec: ModelSpec,
+    count: int,
+    ratio: float | None = None,
+    seed: int = 0,
+    kind: str | None = None,
+    file: str | os.PathLike | None = None,
+) -> Masking:
+    """So many masks for images of `spec`: as its model was trained, unless said otherwise."""
+    keys = jax.random.split(jax.random.key(seed), count)
+    kind = kind or (FILE if file is not None else spec.mask_kind)
+    if kind == FILE and file is None:
+        raise UserError("masks were those of a file: give mask_file, or a mask_kind, as random")
+    if file is not None:
+        if kind != FILE or ratio is not None:
+            raise UserError("mask_file says what is hidden: leave out mask_kind and mask_ratio")
+        return choose_masking(keys, read_masks(file, spec.grid, "mask_file"))
+    ratio = spec.mask_ratio or 0.75 if ratio is None else ratio
+    spec = dataclasses.replace(spec, mask_kind=kind, mask_ratio=ratio)
+    for problem in mask_problems(kind, spec.grid, ratio, max(1, spec.mask_unit // spec.patch_size)):
+        raise UserError(problem.replace("mask.", "mask_").replace(" = ", "="))  # as arguments
+    return jax.jit(spec.masking)(keys)
+
+
+def pixels(spec: ModelSpec, images: Pictures) -> np.ndarray:
+    """What a model of `spec` is fed of images as `Model` takes them: uint8 [B, H, W, C]."""
+    size = (*spec.image_size, spec.channels)
+    if hasattr(images, "ndim"):
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4:
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"images: {shape}; give uint8 [B, H, W, C] or a list of pictures")
+        if images.shape[1:] == size:
+            return images
+    elif isinstance(images, (str, os.PathLike, Image.Image)):
+        raise UserError("images: give a list of pictures, [picture] for one")
+    if not len(images):
+        raise UserError("images: give at least one picture")
+
+    transform = EvalTransform(size=spec.image_size, channels=spec.channels)
+
+    def prepare(numbered: tuple[int, Picture]) -> np.ndarray:
+        number, picture = numbered
+        if isinstance(picture, (str, os.PathLike)):
+            path = pathlib.Path(picture).expanduser().absolute()
+            return transform.image(PictureFiles(path.parent, [path.name])[0])
+        return transform.image(Record(picture, -1, f"images[{number}]", upright=True))
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.stack(list(pool.map(prepare, enumerate(images))))
 
 
 class Model:
@@ -38,12 +93,11 @@ class Model:
         checkpoint = open_checkpoint(path, **overrides)
         self.spec, self.source, self.notes = checkpoint.spec, checkpoint.source, checkpoint.notes
         self._params = jax.device_put(checkpoint.params())
-        self._transform = EvalTransform(size=self.spec.image_size, channels=self.spec.channels)
 
     def __repr__(self) -> str:
         spec = self.spec
         parts = [f"ViT of {spec.depth} blocks, width {spec.width}, patches of {spec.patch_size}"]
-        parts += ["decoder"] if spec.decoder_depth else []
+        parts += ["decoder"] if spec.has_decoder else []
         parts += [f"head of {spec.classes} classes"] if spec.classes else []
         height, width = spec.image_size
         return f"<{', '.join(parts)}; {height} x {width} px; {self.source}>"
@@ -58,17 +112,24 @@ class Model:
         "mean" [B, D] over patches, and "tokens" [B, 1 + L, D]."""
         return self._run(self._features, self.pixels(images))
 
-    def reconstruct(self, images: Pictures, mask_ratio: float = 0.75, seed: int = 0) -> Arrays:
-        """Pictures with random patches removed and predicted, as `mae-jax visualize` draws them.
+    def reconstruct(
+        self,
+        images: Pictures,
+        mask_ratio: float | None = None,
+        seed: int = 0,
+        mask_kind: str | None = None,
+        mask_file: str | os.PathLike | None = None,
+    ) -> Arrays:
+        """Pictures with patches removed and predicted, as `mae-jax visualize` draws them. They are
+        removed as in pretraining (the share 0.75 where nobody knows), unless said otherwise; what
+        was masked by a file's masks needs that `mask_file` (see `data.mask_file`), or a kind.
 
         "pixels" [B, H, W, C] uint8, only removed patches changed (none where the decoder's target
         has no way back to them); "mask" [B, L], 1 = removed; "loss" [B] float32 over removed ones.
         """
-        patches = self.spec.grid[0] * self.spec.grid[1]
-        if not (0 < mask_ratio < 1 and 0 < num_kept(patches, mask_ratio) < patches):
-            raise UserError(f"{mask_ratio=:g}: of {patches} patches one must stay and one go")
-        function, pixels = self._reconstruct(mask_ratio), self.pixels(images)
-        return self._run(function, pixels, jax.random.split(jax.random.key(seed), len(pixels)))
+        pixels = self.pixels(images)
+        masking = draw_masks(self.spec, len(pixels), mask_ratio, seed, mask_kind, mask_file)
+        return self._run(self._reconstruct, pixels, *masking)
 
     def classify(self, images: Pictures) -> np.ndarray:
         """Probabilities [B, K] float32 of the classes, those that `mae-jax evaluate` scores."""
@@ -76,28 +137,7 @@ class Model:
 
     def pixels(self, images: Pictures) -> np.ndarray:
         """What the model is fed: uint8 [B, H, W, C] of its size."""
-        size = (*self.spec.image_size, self.spec.channels)
-        if hasattr(images, "ndim"):
-            images = np.asarray(images)
-            if images.dtype != np.uint8 or images.ndim != 4:
-                shape = f"{images.dtype} {list(images.shape)}"
-                raise UserError(f"images: {shape}; give uint8 [B, H, W, C] or a list of pictures")
-            if images.shape[1:] == size:
-                return images
-        elif isinstance(images, (str, os.PathLike, Image.Image)):
-            raise UserError("images: give a list of pictures, [picture] for one")
-        if not len(images):
-            raise UserError("images: give at least one picture")
-
-        def prepare(numbered: tuple[int, Picture]) -> np.ndarray:
-            number, picture = numbered
-            if isinstance(picture, (str, os.PathLike)):
-                path = pathlib.Path(picture).expanduser().absolute()
-                return self._transform.image(PictureFiles(path.parent, [path.name])[0])
-            return self._transform.image(Record(picture, -1, f"images[{number}]", upright=True))
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.stack(list(pool.map(prepare, enumerate(images))))
+        return pixels(self.spec, images)
 
     @functools.cached_property
     def _features(self) -> Callable:
@@ -114,13 +154,12 @@ class Model:
         classify = classify_function(self.spec)
         return jax.jit(lambda *args: {"probabilities": jax.nn.softmax(classify(*args))})
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  a model lives as long as its user wants
-    def _reconstruct(self, mask_ratio: float) -> Callable:
+    @functools.cached_property
+    def _reconstruct(self) -> Callable:
         spec, model = self.spec, self.spec.mae(position_params=True)
 
-        def function(params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-            masking = sample_masking("random", keys, spec.grid, mask_ratio)
-            return reconstruct(model, params, images, masking, spec.mean, spec.std)
+        def function(params: Any, images: jax.Array, *masking: jax.Array) -> dict[str, jax.Array]:
+            return reconstruct(model, params, images, Masking(*masking), spec.mean, spec.std)
 
         return jax.jit(function)
 

@@ -11,7 +11,12 @@ from PIL import Image
 
 import mae_jax
 from mae_jax import UserError, evaluate, features, pretrained
-from mae_jax.interop.export import export_encoder, export_hugging_face, export_official
+from mae_jax.interop.export import (
+    export_encoder,
+    export_hugging_face,
+    export_official,
+    export_orbax,
+)
 from mae_jax.models.spec import ModelSpec
 
 MAE = ModelSpec((32, 32), 8, 3, 32, 2, 4, 16, 1, 2, "norm_pixel", 0.75)
@@ -179,3 +184,38 @@ def test_what_weights_do_not_tell_can_be_said(tmp_path):
     told = mae_jax.load(tmp_path / "bare.safetensors", **known).reconstruct(image)
     own = mae_jax.load(tmp_path / "mae.safetensors").reconstruct(image)
     np.testing.assert_array_equal(told["pixels"], own["pixels"])
+
+
+def test_patches_are_hidden_as_in_pretraining_unless_said_otherwise(tmp_path):
+    trained = {"mask_kind": "grid", "mask_unit": 16, "encoder_tokens": True}
+    spec = dataclasses.replace(MAE, image_size=(64, 64), **trained)
+    export_orbax(random_params(spec), tmp_path, spec, {})
+    model = mae_jax.load(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    mask = model.reconstruct(images)["mask"].reshape(3, 8, 8)
+    expected = np.ones((8, 8))
+    for row in (0, 1, 4, 5):
+        expected[row, [0, 1, 4, 5]] = 0  # the upper left of every 2 x 2 squares of 2 x 2 patches
+    np.testing.assert_array_equal(mask, [expected] * 3)
+
+    other = model.reconstruct(images, 0.5, mask_kind="random")["mask"]
+    assert (other.sum(axis=1) == 32).all()
+    assert len(np.unique(other, axis=0)) == 3
+    np.save(tmp_path / "m.npy", expected[::-1] != 0)
+    own = model.reconstruct(images, mask_file=tmp_path / "m.npy")
+    np.testing.assert_array_equal(own["mask"].reshape(3, 8, 8), [expected[::-1]] * 3)
+    for wrong, message in [
+        ({"mask_ratio": 0.5}, "mask_kind='grid' keeps one of every 2 x 2: mask_ratio is 0.75"),
+        ({"mask_kind": "file"}, "give mask_file"),
+        (
+            {"mask_kind": "diagonal"},
+            "mask_kind 'diagonal': choose one of random",
+        ),
+        (
+            {"mask_file": tmp_path / "m.npy", "mask_ratio": 0.5},
+            "leave out mask_kind and mask_",
+        ),
+        ({"mask_file": tmp_path / "none.npy"}, "mask_file = .*none.npy"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model.reconstruct(images, **wrong)

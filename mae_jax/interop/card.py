@@ -23,7 +23,7 @@ def write_card(
 ) -> None:
     """Writes a README.md: `form` is in what form the folder holds the model, `load` Python lines.
     `facts` of the training are in the order shown; `licence` replaces the general paragraph."""
-    kind = "Masked autoencoder" if spec.decoder_depth else "Encoder of a masked autoencoder"
+    kind = "Masked autoencoder" if spec.has_decoder else "Encoder of a masked autoencoder"
     kind = "Vision Transformer image classifier" if spec.classes else kind
     facts = dict(facts)
     licence = facts.pop("licence", GENERAL_LICENCE)
@@ -38,10 +38,16 @@ def write_card(
         heads = spec.decoder_heads or "an unknown number of"
         shape = f"{spec.decoder_depth} blocks of width {spec.decoder_width}"
         described["decoder"] = f"{shape}, {heads} heads"
+    if spec.decoder_kind == "linear":
+        described["decoder"] = "none: one linear layer on the encoder's tokens"
+    if spec.encoder_tokens:
+        described["mask tokens"] = "in the encoder, in pretraining; not needed for whole images"
     if spec.target:
         described["reconstruction target"] = spec.target
     if spec.mask_ratio:
         described["mask ratio"] = f"{spec.mask_ratio:g}"
+    if spec.mask_kind != "random":
+        described["masks"] = spec.mask_kind
     if spec.classes:
         source = {"mean": "the mean patch token", "cls": "the class token"}[spec.summary]
         described["head"] = f"{spec.classes} classes from {source}"

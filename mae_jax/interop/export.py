@@ -53,7 +53,7 @@ def export_official(
     params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
 ) -> epath.Path:
     """Writes everything, decoder included, under the names of the official MAE code."""
-    _require_pixels(spec)
+    _require_decoder_of_others(spec)
     if spec.pool == "normed_mean":
         raise UserError(
             "the official code has no head on the mean of normed tokens (a linear probe with "
@@ -150,7 +150,7 @@ def timm_config(spec: ModelSpec) -> dict[str, Any]:
 
 def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
     """`config.json` of the transformers model that can hold this one."""
-    _require_pixels(spec)
+    _require_decoder_of_others(spec)
     if spec.decoder_depth:
         spec.mae()  # its heads and target are to be written down: they must be known
     if spec.summary == "mean":
@@ -193,9 +193,13 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": "vit_mae", **config}
 
 
-def _require_pixels(spec: ModelSpec) -> None:
-    if spec.target not in ("", "pixel", "norm_pixel"):
+def _require_decoder_of_others(spec: ModelSpec) -> None:
+    """UserError for a decoder that other programs do not have."""
+    what = f"a decoder that predicts {spec.target}"
+    if spec.encoder_tokens:
+        what = "a model with mask tokens in its encoder"
+    if spec.encoder_tokens or spec.target not in ("", "pixel", "norm_pixel"):
         raise UserError(
-            f"a decoder that predicts {spec.target} has no place in other programs. Export it with "
+            f"{what} has no place in other programs. Export it with "
             "--format=orbax, or the encoder alone with --format=timm"
         )

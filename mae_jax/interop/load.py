@@ -73,7 +73,7 @@ def load_into(
             f"{source}: fine-tuned on the mean token, so it has no final norm, which this model "
             "needs. Use the pretrained weights it came from, or a model with mean pooling"
         )
-    use_decoder = parts == "all" and "mask_token" in wanted and theirs.decoder_depth > 0
+    use_decoder = parts == "all" and any(map(is_decoder, wanted)) and theirs.has_decoder
     if use_decoder:
         _require_same_decoder(theirs, model, source)
         if model.target == "token":
@@ -113,9 +113,11 @@ def _encoder_words(spec: ModelSpec) -> str:
 
 def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
     remedy = "or load the encoder alone (init_parts = encoder)"
-    for field in ("decoder_width", "decoder_depth", "decoder_heads", "patch_size", "channels"):
+    fields = {"encoder_tokens": "mask.encoder_tokens"}
+    fields |= {f"decoder_{x}": f"decoder.{x}" for x in ("kind", "width", "depth", "heads")}
+    for field, name in (fields | {"patch_size": "patch_size", "channels": "channels"}).items():
         if (old := getattr(theirs, field)) != (new := getattr(model, field)):
-            has = f"{field.replace('decoder_', 'decoder.')} = {old}, the model's {new}"
+            has = f"{name} = {old}, the model's {new}"
             raise UserError(f"{source}: its decoder has {has}. Set them equal, {remedy}")
     if theirs.target and model.target and theirs.target != model.target:
         targets = f"predicts {theirs.target}, the model's {model.target}"

@@ -17,12 +17,13 @@ _PREFIXES = (
     ("encoder/patch_embed/", "patch_embed.proj."),
     ("decoder/blocks/", "decoder_blocks."),
     ("decoder/mask_token", "mask_token"),
+    ("encoder/mask_token", "encoder_mask_token"),  # ours alone
     ("decoder/", "decoder_"),
     ("fc_norm/", "fc_norm."),
     ("head/", "head."),
     ("encoder/", ""),
 )
-_DECODER = re.compile(r"mask_token$|decoder_|target_state\.")
+_DECODER = re.compile(r"(encoder_)?mask_token$|decoder_|target_state\.")
 
 # Hugging Face: part of a block -> official part. Two spellings are in circulation: the one on the
 # hub, written by transformers up to 4, and the one transformers 5 has in memory.
@@ -84,7 +85,8 @@ def our_path(name: str) -> str:
 
 
 def is_decoder(name: str) -> bool:
-    """Whether an official name belongs to the decoder, or to the target it is trained for."""
+    """Whether an official name belongs to the decoder or the target it is trained for, or is the
+    encoder's mask token: what nobody needs who has whole images."""
     return _DECODER.match(name) is not None
 
 

@@ -26,9 +26,10 @@ def to_official(
         for name, x in _renamed(params, spec).items()
         if include_decoder or not is_decoder(name)
     }
-    for table, token in (("pos_embed", "cls_token"), ("decoder_pos_embed", "mask_token")):
-        if token in tensors and table not in tensors:
-            tensors[table] = sincos_position_table(tensors[token].shape[-1], spec.grid)[None]
+    widths = {"pos_embed": "cls_token", "decoder_pos_embed": "decoder_norm.weight"}
+    for table, other in widths.items():
+        if other in tensors and table not in tensors:
+            tensors[table] = sincos_position_table(tensors[other].shape[-1], spec.grid)[None]
     return tensors
 
 

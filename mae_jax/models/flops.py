@@ -1,7 +1,6 @@
 """Analytic matrix-multiply work, the basis of MFU (compilers count the body of a scan once)."""
 
-from mae_jax.models.mae import MAE
-from mae_jax.models.masking import num_kept
+from mae_jax.models.mae import MAE, LinearHead
 from mae_jax.models.vit import MLP_RATIO, ViT
 
 
@@ -12,11 +11,14 @@ def stack_macs(tokens: int, width: int, depth: int) -> int:
     return depth * tokens * (weights + attention)
 
 
-def mae_forward_macs(model: MAE, mask_ratio: float) -> int:
-    """Multiply-adds of one image through encoder and decoder."""
+def mae_forward_macs(model: MAE, kept: int) -> int:
+    """Multiply-adds of one image, of which `kept` patches are visible, through encoder and decoder;
+    mask tokens in the encoder are work as patches are."""
     encoder, decoder = model.encoder, model.decoder
     patches = encoder.grid[0] * encoder.grid[1]
-    kept = num_kept(patches, mask_ratio)
+    kept = patches if model.encoder_tokens else kept
+    if isinstance(decoder, LinearHead):
+        return encoder_forward_macs(encoder) + patches * encoder.width * decoder.outputs
     return (
         encoder_forward_macs(encoder, kept)
         + (1 + kept) * encoder.width * decoder.width

@@ -78,14 +78,16 @@ def reconstruct(
     masking: Masking,
     mean: Sequence[float],
     std: Sequence[float],
+    counted: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Images [B, H, W, C] uint8 with their removed patches as the model predicts them.
 
     "pixels" [B, H, W, C] uint8 (visible patches are the image's; none where the target has no way
-    back to pixels), "mask" [B, L] (1 = removed), "loss" [B] over the removed patches.
+    back to pixels), "mask" [B, L] (1 = removed), "loss" [B] over the removed patches, or over those
+    where `counted` [B, L] is 1.
     """
     x = normalize(images, mean, std)
-    output = model.apply({"params": params}, x, masking)
+    output = model.apply({"params": params}, x, masking, counted)
     result = {"mask": masking.mask, "loss": output.loss}
     predicted, state = output.predictions, params.get("target_state")
     patches = model.target.to_pixels(predicted, x, masking.mask, state)

@@ -12,7 +12,8 @@ from mae_jax.models.vit import Blocks, ViT, dense, layer_norm, sincos_position_t
 
 
 class Decoder(nn.Module):
-    """Predicts every patch from the encoded visible ones (paper section 3, "MAE decoder")."""
+    """Predicts every patch from the encoded visible ones (paper section 3, "MAE decoder"), or from
+    all, where mask tokens have passed the encoder already (paper table 1c)."""
 
     grid: tuple[int, int]
     outputs: int  # numbers predicted for a patch
@@ -26,16 +27,18 @@ class Decoder(nn.Module):
     position_params: bool = False  # as in `ViT`
 
     @nn.compact
-    def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
-        """Decodes latent [B, 1 + K, D] with ids_restore [B, L] into predictions [B, L, outputs]."""
+    def __call__(self, latent: jax.Array, ids_restore: jax.Array | None) -> jax.Array:
+        """Predictions [B, L, outputs] from latent [B, 1 + K, D] with ids_restore [B, L], or, where
+        that is None, from latent [B, 1 + L, D] of all patches in order."""
         kept, residual = latent.shape[1] - 1, self.residual_dtype
         x = dense(latent, self.width, self.dtype, "embed", residual)  # [B, 1 + K, Dd]
-        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        mask_token = jnp.broadcast_to(mask_token.astype(residual), (x.shape[0], 1, self.width))
-        # Row K of `visible` is the mask token: every removed patch reads it.
-        visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
-        patches = take_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
-        x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1 + L, Dd]
+        if ids_restore is not None:
+            mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            mask_token = jnp.broadcast_to(mask_token.astype(residual), (x.shape[0], 1, self.width))
+            # Row K of `visible` is the mask token: every removed patch reads it.
+            visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
+            patches = take_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
+            x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1 + L, Dd]
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, Dd]
         if self.position_params:
             positions = self.param("pos_embed", lambda _: positions[None])[0]
@@ -43,6 +46,18 @@ class Decoder(nn.Module):
         x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x)
         return dense(x, self.outputs, self.dtype, "pred", residual)[:, 1:]
+
+
+class LinearHead(nn.Module):
+    """In the decoder's place, one linear layer on the encoder's tokens (SimMIM, MaskFeat)."""
+
+    outputs: int  # numbers predicted for a patch
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, ids_restore: None) -> jax.Array:
+        """Predictions [B, L, outputs] from latent [B, 1 + L, D] of all patches in order."""
+        return dense(latent[:, 1:], self.outputs, self.dtype, "pred", jnp.float32)
 
 
 class MAEOutput(NamedTuple):
@@ -56,21 +71,30 @@ class MAE(nn.Module):
     """Masked autoencoder; the state of its target, if it has one, is among the parameters."""
 
     encoder: ViT
-    decoder: Decoder
+    decoder: Decoder | LinearHead
     target: Target
+    encoder_tokens: bool = False  # the encoder sees mask tokens in place of removed patches
 
     @nn.compact
-    def __call__(self, images: jax.Array, masking: Masking) -> MAEOutput:
-        """Predicts the removed patches of images [B, H, W, C] (float, normalised)."""
+    def __call__(
+        self, images: jax.Array, masking: Masking, counted: jax.Array | None = None
+    ) -> MAEOutput:
+        """Predicts the removed patches of images [B, H, W, C] (float, normalised). The loss is over
+        these, or over the patches where `counted` [B, L] is 1."""
         images = images.astype(jnp.float32)
-        latent = self.encoder(images, masking.ids_keep)  # [B, 1 + K, D]
-        predictions = self.decoder(latent, masking.ids_restore).astype(jnp.float32)
+        if self.encoder_tokens:
+            latent = self.encoder(images, mask=masking.mask)  # [B, 1 + L, D]
+            predictions = self.decoder(latent, None).astype(jnp.float32)
+        else:
+            latent = self.encoder(images, masking.ids_keep)  # [B, 1 + K, D]
+            predictions = self.decoder(latent, masking.ids_restore).astype(jnp.float32)
         state = self.target.init_state()
         if state is not None:
             state = jax.lax.stop_gradient(self.param("target_state", lambda _: state))
         with jax.named_scope("target"):
             error = self.target.loss(predictions, self.target.values(images, state))  # [B, L]
-            return MAEOutput(masked_mean(error, masking.mask), predictions)
+            counted = masking.mask if counted is None else counted
+            return MAEOutput(masked_mean(error, counted), predictions)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Tokens [B, 1 + L, D] of whole images, nothing masked."""
@@ -78,6 +102,6 @@ class MAE(nn.Module):
 
 
 def masked_mean(error: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `error` [B, L] over each image's removed patches (`mask` [B, L] is 1): [B]. All
-    images have equally many, so the mean over images is that over all removed patches."""
-    return (error * mask).sum(axis=-1) / mask.sum(axis=-1)
+    """Mean of `error` [B, L] over each image's patches where `mask` [B, L] is 1: [B]; 0 where there
+    are none. Images have equally many removed ones, so that the mean over images is theirs."""
+    return (error * mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)

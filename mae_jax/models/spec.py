@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from mae_jax import UserError
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.dvae import STRIDE
-from mae_jax.models.mae import MAE, Decoder
-from mae_jax.models.masking import Masking
+from mae_jax.models.mae import MAE, Decoder, LinearHead
+from mae_jax.models.masking import KINDS, Masking, sample_masking
 from mae_jax.models.targets import TARGETS
+from mae_jax.models.targets.base import LOSSES
 from mae_jax.models.vit import VARIANTS, ViT
 
 # Mean and deviation of ImageNet's pixels in [0, 1]: what MAE models are trained with.
@@ -22,6 +23,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 METADATA_KEY = "mae_jax"
 POOLS = ("", "mean", "cls", "normed_mean")
+DECODERS = ("blocks", "linear")
+# Of no use without a decoder, as `mask_ratio` and `target` are, which tell where weights come from.
+OF_A_DECODER = ("decoder_width", "decoder_depth", "decoder_heads", "decoder_kind")
+OF_A_DECODER = (*OF_A_DECODER, "encoder_tokens", "mask_kind", "mask_unit", "loss")
+MASK_FIELDS = ("kind", "ratio", "unit")  # of `config.mask`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,11 @@ class ModelSpec:
     classes: int = 0  # outputs of the head
     class_names: tuple[str, ...] = ()  # in the order of the classes; empty where nobody knows
     tokenizer: tuple[int, ...] = ()  # a `models.dvae.DVAEShape`, where the target is its codes
+    encoder_tokens: bool = False  # pretrained with mask tokens in the encoder
+    decoder_kind: str = "blocks"  # linear: one layer on the encoder's tokens, no other decoder
+    mask_kind: str = "random"  # a name in `models.masking.KINDS`
+    mask_unit: int = 0  # pixels, the side of the squares that are removed; 0: a patch
+    loss: str = "l2"  # of what the decoder predicts
 
     def __post_init__(self) -> None:
         p, width, heads = self.patch_size, self.decoder_width, self.decoder_heads
@@ -58,6 +69,10 @@ class ModelSpec:
             raise UserError(f"target {self.target!r}: choose one of {', '.join(TARGETS)}")
         if self.pool not in POOLS:
             raise UserError(f"pool {self.pool!r}: choose one of {', '.join(POOLS[1:])}")
+        names = {"decoder_kind": DECODERS, "mask_kind": KINDS, "loss": LOSSES}
+        for field, known in names.items():
+            if (value := getattr(self, field)) not in known:
+                raise UserError(f"{field} {value!r}: choose one of {', '.join(known)}")
         if not len(self.mean) == len(self.std) == self.channels:
             needed = f"one value for each of {self.channels} channel(s)"
             raise UserError(f"mean {self.mean} and std {self.std} need {needed}")
@@ -76,9 +91,13 @@ class ModelSpec:
         task = config.get("task", "pretrain")
         own: dict[str, Any] = {}
         if task == "pretrain":
-            decoder = config["decoder"]
-            own = {f"decoder_{name}": decoder[name] for name in ("width", "depth", "heads")}
-            own |= {"target": config["target"], "mask_ratio": config["mask"]["ratio"]}
+            decoder, mask = config["decoder"], config["mask"]
+            own = {"target": config["target"], "loss": config.get("loss", "l2")}
+            own |= {f"mask_{name}": x for name, x in mask.items() if name in MASK_FIELDS}
+            own["encoder_tokens"] = mask.get("encoder_tokens", False)
+            own["decoder_kind"] = decoder.get("kind", "blocks")
+            if own["decoder_kind"] == "blocks":
+                own |= {f"decoder_{name}": decoder[name] for name in ("width", "depth", "heads")}
         elif task == "tokenizer":
             dvae = config["dvae"]
             own = {"tokenizer": (dvae["codes"], dvae["width"], dvae["blocks"], 1)}
@@ -106,13 +125,24 @@ class ModelSpec:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether there is something that predicts patches."""
+        return self.decoder_depth > 0 or self.decoder_kind == "linear"
+
+    @property
     def summary(self) -> str:
         """The feature that stands for an image, `cls` or `mean`: what the head reads, else cls."""
         return "mean" if self.pool.endswith("mean") else "cls"
 
     def without_decoder(self) -> "ModelSpec":
         """The encoder, with its head where there is one."""
-        return dataclasses.replace(self, decoder_width=0, decoder_depth=0, decoder_heads=0)
+        unused = {name: getattr(ModelSpec, name) for name in OF_A_DECODER}
+        return dataclasses.replace(self, **unused)
+
+    def masking(self, keys: jax.Array) -> Masking:
+        """Masks as in pretraining, one for each of `keys` [B]; not of `mask_kind` file."""
+        unit = max(1, self.mask_unit // self.patch_size)
+        return sample_masking(self.mask_kind, keys, self.grid, self.mask_ratio, unit)
 
     # Models. `how` they are computed (dtype, stacking, remat ...) are further attributes of `ViT`
     # and, where it shares them, `Decoder`.
@@ -126,9 +156,9 @@ class ModelSpec:
 
     def mae(self, **how: Any) -> MAE:
         """The encoder and decoder; UserError if there is none or something is not known of it."""
-        if not self.decoder_depth:
+        if not self.has_decoder:
             raise UserError("these weights have no decoder: take a full checkpoint")
-        if not self.decoder_heads:
+        if self.decoder_depth and not self.decoder_heads:
             raise UserError("tensors do not tell their decoder's heads; give decoder_heads")
         if not self.target:
             raise UserError(
@@ -136,9 +166,12 @@ class ModelSpec:
                 "or target=pixel (official mae_visualize_*.pth)"
             )
         target = TARGETS[self.target].of(self)
-        shape = (self.decoder_width, self.decoder_depth, self.decoder_heads)
-        decoder = Decoder(self.grid, target.outputs, *shape, **how)
-        return MAE(self.encoder(**how), decoder, target)
+        if self.decoder_kind == "linear":
+            decoder = LinearHead(target.outputs, how.get("dtype", jnp.float32))
+        else:
+            shape = (self.decoder_width, self.decoder_depth, self.decoder_heads)
+            decoder = Decoder(self.grid, target.outputs, *shape, **how)
+        return MAE(self.encoder(**how), decoder, target, self.encoder_tokens)
 
     def classifier(self, *, head_std: float = 2e-5, **how: Any) -> Classifier:
         """The encoder with its head; position tables are parameters. UserError without a head."""
@@ -151,7 +184,7 @@ class ModelSpec:
         """Shapes of the parameters, the position tables among them."""
         key = jax.random.key(0)
         images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
-        if self.decoder_depth:  # shapes depend neither on heads nor on the mask
+        if self.has_decoder:  # shapes depend neither on heads nor on the mask
             known = {"decoder_heads": self.decoder_heads or 1, "target": self.target or "pixel"}
             model = dataclasses.replace(self, **known).mae(position_params=True)
             ids = jnp.zeros((1, self.grid[0] * self.grid[1]), jnp.int32)
@@ -166,8 +199,8 @@ class ModelSpec:
     def to_json(self) -> str:
         """For `from_json`; a field that is younger than others is there only where it is used."""
         fields = dataclasses.asdict(self)
-        for name in ("class_names", "tokenizer"):
-            if not fields[name]:
+        for name in list(fields)[list(fields).index("class_names") :]:
+            if fields[name] == getattr(ModelSpec, name):  # its default
                 del fields[name]
         return json.dumps(fields)
 

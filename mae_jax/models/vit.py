@@ -256,11 +256,14 @@ class ViT(nn.Module):
         images: jax.Array,
         ids_keep: jax.Array | None = None,
         path_scale: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
         """Tokens [B, 1 + K, D] in the residual type, the class token first.
 
         Images are [B, H, W, C] float, normalised; `ids_keep` [B, K] the patches to encode (None:
-        all L in order); `path_scale` [depth, 2, B] is `drop_path_scale`'s (None drops nothing).
+        all L in order); `path_scale` [depth, 2, B] is `drop_path_scale`'s (None drops nothing);
+        `mask` [B, L] is 1 where the learnt token stands in for the patch's embedding, before
+        positions are added, as in BEiT and SimMIM: it must know where it stands.
         """
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
@@ -275,6 +278,9 @@ class ViT(nn.Module):
         bound = x.shape[-1] ** -0.5
         bias_init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         x = dense(x, self.width, self.dtype, "patch_embed", self.residual_dtype, bias_init)
+        if mask is not None:
+            token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            x = jnp.where(mask[:, :, None] > 0, token.astype(self.residual_dtype), x)
         x = x + positions[1:]  # [B, L, D]
         if ids_keep is not None:
             x = take_tokens(x, ids_keep)  # [B, K, D]

@@ -19,7 +19,7 @@ Line = tuple[str, str]  # text and colour
 def reconstruction_grid(
     images: np.ndarray,
     mask: np.ndarray,
-    loss: np.ndarray,
+    loss: np.ndarray | None = None,
     pixels: np.ndarray | None = None,
     *,
     names: Sequence[str],
@@ -30,7 +30,8 @@ def reconstruction_grid(
 
     Args:
       images: [B, H, W, C] uint8. Of other channel counts than 1 and 3 the first three are shown.
-      mask, loss, pixels: of `models.inference.reconstruct`; without pixels two columns remain.
+      mask, loss, pixels: of `models.inference.reconstruct`; without pixels two columns remain, and
+        without loss the mask alone is told of.
       note: of the model's target, shown below the title.
     """
     batch, height, width, _ = images.shape
@@ -42,11 +43,14 @@ def reconstruction_grid(
     if pixels is not None:
         shown["predicted patches"] = np.where(removed, pixels, np.uint8(GREY))
         shown["predicted + visible"] = pixels
-    captions = zip(names, loss, strict=True)
+    captions = [_short(name) for name in names]
+    if loss is not None:
+        title = f"{title}   mean loss {loss.mean():.4f}"
+        captions = [f"{x}   loss {value:.4f}" for x, value in zip(captions, loss, strict=True)]
     return _sheet(
         np.stack(list(shown.values()), axis=1),
-        [[[(f"{_short(name)}   loss {value:.4f}", BLACK)]] for name, value in captions],
-        title=f"{title}   mean loss {loss.mean():.4f}",
+        [[[(caption, BLACK)]] for caption in captions],
+        title=title,
         note=note,
         columns=tuple(shown),
     )

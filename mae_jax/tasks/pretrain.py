@@ -1,16 +1,21 @@
 """The pretraining task: what a step of masked autoencoding does (paper section 3, table 8)."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax.augment.pixels import random_flip
+from mae_jax.config import FIELDS
+from mae_jax.data.mask_file import read_masks
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import place
 from mae_jax.distributed.sharding import gather_params, shardings_of
@@ -18,8 +23,8 @@ from mae_jax.evaluators.online_probe import Probe
 from mae_jax.interop.tokenizer_file import read_tokenizer
 from mae_jax.models import flops
 from mae_jax.models.inference import reconstruct
-from mae_jax.models.masking import Masking, sample_masking
-from mae_jax.models.patches import normalize
+from mae_jax.models.masking import Masking, choose_masking
+from mae_jax.models.patches import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
 from mae_jax.storage.processes import in_every_process
@@ -33,13 +38,16 @@ class Pretrain(BaseTask):
     """Masked autoencoding as pure functions of (state, batch); labels are not looked at."""
 
     def __init__(self, config: ConfigDict, examples: int, spec: ModelSpec, mesh: Mesh):
+        self.own_masks = read_masks(config.mask.file, spec.grid) if config.mask.file else None
+        if self.own_masks is not None:
+            spec = dataclasses.replace(spec, mask_ratio=_ratio_of(self.own_masks, config))
         # Weights to start from bring their position tables, interpolated to this image size.
         self.model = spec.mae(position_params=bool(config.init_from), **how_computed(config))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
-        self.mask_kind = config.mask.kind
-        self.mask_ratio = config.mask.ratio
+        self.loss_on_all, self.invalid = config.mask.loss == "all", config.mask.invalid
         del self.batch_schema["label"]
-        forward = flops.mae_forward_macs(self.model, self.mask_ratio)
+        one = jax.eval_shape(lambda: self.masks(jax.random.split(jax.random.key(0), 1)))
+        forward = flops.mae_forward_macs(self.model, one.ids_keep.shape[1])
         fixed = self.model.target.macs(spec.image_size)  # nothing runs back through it
         self.train_flops_per_image = flops.train_flops(forward + fixed, forward)
         self.tokenizer = config.tokenizer
@@ -71,7 +79,28 @@ class Pretrain(BaseTask):
 
     def masks(self, keys: jax.Array) -> Masking:
         """One mask per key [B]."""
-        return sample_masking(self.mask_kind, keys, self.encoder.grid, self.mask_ratio)
+        if self.own_masks is not None:
+            return choose_masking(keys, self.own_masks)
+        return self.spec.masking(keys)
+
+    def counted(self, images: jax.Array, masking: Masking) -> jax.Array | None:
+        """[B, L], 1 for the patches of images [B, H, W, C] uint8 that the loss is over; None where
+        they are the removed ones."""
+        if not self.loss_on_all and self.invalid < 0:
+            return None
+        counted = jnp.ones_like(masking.mask) if self.loss_on_all else masking.mask
+        if self.invalid >= 0:
+            pixels = patchify(images, self.encoder.patch_size)
+            counted *= (pixels != self.invalid).any(axis=-1)
+        return counted
+
+    def _training_view(self, examples: dict) -> tuple[jax.Array, Masking, jax.Array | None]:
+        """Images [B, H, W, C] uint8 as they are trained on, their masks, and `counted`."""
+        x = examples["image"]
+        if self.flip:
+            x = random_flip(x, examples["flip_key"])
+        masking = self.masks(examples["mask_key"])
+        return x, masking, self.counted(x, masking)
 
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         """One update; flips and masks depend on (seed, step, position in the global batch) only."""
@@ -80,13 +109,15 @@ class Pretrain(BaseTask):
         flip_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # [B] each
         examples = {"image": images, "flip_key": flip_keys, "mask_key": mask_keys}
 
+        if self.invalid >= 0:  # the mean is over the images of the whole batch that have data
+            some = self._training_view(examples)[2].any(axis=1)  # [B]
+            examples["weight"] = some * (len(images) / jnp.maximum(some.sum(), 1))
+
         def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
-            x = examples["image"]
-            if self.flip:
-                x = random_flip(x, examples["flip_key"])
+            x, masking, counted = self._training_view(examples)
             x = normalize(x, self.mean, self.std)  # [B, H, W, C]
-            output = self.model.apply({"params": weights}, x, self.masks(examples["mask_key"]))
-            return output.loss.mean(), {}
+            loss = self.model.apply({"params": weights}, x, masking, counted).loss  # [B]
+            return (loss * examples["weight"] if "weight" in examples else loss).mean(), {}
 
         return self.update(state, loss_fn, examples, self.accumulate)
 
@@ -94,15 +125,18 @@ class Pretrain(BaseTask):
         """Summed loss and count; masks of a batch number are the same in every evaluation."""
         x = normalize(batch["image"], self.mean, self.std)
         params = gather_params(state.weights, self.mesh, self.encoder.dtype)
-        output = self.model.apply({"params": params}, x, self.masks(self.keys(EVAL, index, x)))
-        weight = batch["weight"]
+        masking = self.masks(self.keys(EVAL, index, x))
+        counted = self.counted(batch["image"], masking)
+        output = self.model.apply({"params": params}, x, masking, counted)
+        weight = batch["weight"] if counted is None else batch["weight"] * counted.any(axis=1)
         return {"loss": (output.loss * weight).sum(), "weight": weight.sum()}
 
     def reconstruct(self, state: TrainState, images: jax.Array) -> dict[str, jax.Array]:
         """Images [B, H, W, C] uint8 with removed patches as predicted: see `reconstruct`."""
         masking = self.masks(jax.random.split(self.key(EVAL), images.shape[0]))
         params = gather_params(state.weights, self.mesh, self.encoder.dtype)
-        return reconstruct(self.model, params, images, masking, self.mean, self.std)
+        counted = self.counted(images, masking)
+        return reconstruct(self.model, params, images, masking, self.mean, self.std, counted)
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
         """Tokens [B, 1 + L, D] of whole images [B, H, W, C] uint8; nothing is masked."""
@@ -128,6 +162,16 @@ def probe_options(config: ConfigDict) -> dict[str, Any]:
     options = {name: value or config.data.get(name, value) for name, value in config.probe.items()}
     del options["every"]
     return options
+
+
+def _ratio_of(masks: np.ndarray, config: ConfigDict) -> float:
+    """The share that masks [n, L] hide; UserError where `mask.ratio` says something else. Its
+    default does not: it is what users have not given."""
+    ratio, said, default = float(masks[0].mean()), config.mask.ratio, FIELDS["mask.ratio"].default
+    if said not in (default, ratio) and abs(said - ratio) * masks.shape[1] >= 1:
+        raise UserError(f"mask.ratio = {said}: the masks in {config.mask.file} hide {ratio:.4g}")
+    logging.info("masks: %d of %s, %.4g hidden", len(masks), config.mask.file, ratio)
+    return ratio
 
 
 def _is_trained(path: str) -> bool:

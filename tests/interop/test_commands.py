@@ -285,6 +285,33 @@ def test_reconstructions_of_own_pictures_at_several_ratios(weights, pictures, tm
         assert three.size == (width, 3 * height)
 
 
+def test_masks_are_drawn_without_a_model(pictures, tmp_path, capsys):
+    files = ["--images", str(pictures / "a" / "01.png"), f"--output={tmp_path / 'masks.png'}"]
+    visualize.main([*files, "--mask_ratio=0.75", "--mask_kind=random,block,grid"])
+    with Image.open(tmp_path / "masks.png") as image:
+        three = np.asarray(image)
+    np.save(tmp_path / "m.npy", np.arange(196).reshape(14, 14) < 147)
+    visualize.main([*files, f"--mask_file={tmp_path / 'm.npy'}"])
+    with Image.open(tmp_path / "masks.png") as image:
+        own = np.asarray(image)
+    assert three.shape == (3 * own.shape[0], *own.shape[1:])
+    # As much is grey whichever way it is hidden: 75 % of 224 x 224, and the note of what is drawn.
+    grey = [(x == 128).all(axis=-1).sum() for x in (*np.split(three, 3), own)]
+    assert max(grey) - min(grey) < 224
+    assert min(grey) > 0.74 * 224**2
+    for wrong, message in [
+        (
+            ["--mask_kind=blok"],
+            "--mask_kind=blok: choose from random, block, grid, or",
+        ),
+        (["--mask_unit=20"], "--mask_unit=20: give a multiple of 16"),
+        (["--mask_unit=-16"], "--mask_unit=-16: give a multiple of 16"),
+        (["--heads=3"], "--heads: tells of weights"),
+        (["--mask_unit=32", "--weights=w"], "--mask_unit: weights say in which squares"),
+    ]:
+        assert message in error_of(visualize.main, [*files, *wrong], capsys)
+
+
 @pytest.mark.parametrize("ratio", ["0.999", "0", "1", "-0.5", "nan", "0.5,0.999"])
 def test_a_mask_that_leaves_nothing_is_refused(ratio, weights, pictures, tmp_path, capsys):
     arguments = [f"--weights={weights}", f"--output={tmp_path / 'g.png'}", f"--mask_ratio={ratio}"]

@@ -27,6 +27,8 @@ from mae_jax.models.spec import ModelSpec
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 OTHER = ModelSpec((24, 40), 8, 5, 32, 2, 4, 16, 1, 2, "pixel", 0.6, (0.4,) * 5, (0.3,) * 5)
+TOKENS = dataclasses.replace(SMALL, encoder_tokens=True, mask_kind="block", mask_unit=16)
+LINEAR = dataclasses.replace(SMALL.without_decoder(), encoder_tokens=True, decoder_kind="linear")
 ENCODER = dataclasses.replace(SMALL, decoder_width=0, decoder_depth=0, decoder_heads=0)
 MEAN_CLASSIFIER = dataclasses.replace(ENCODER, pool="mean", classes=5)
 CLS_CLASSIFIER = dataclasses.replace(ENCODER, pool="cls", classes=5)
@@ -40,6 +42,26 @@ def test_whole_models_come_back_bit_for_bit(export, d, tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert_same_tree(checkpoint.params(), params)
     assert checkpoint.spec == d
+
+
+@pytest.mark.parametrize("d", [TOKENS, LINEAR], ids=["decoder", "linear head"])
+def test_models_with_mask_tokens_in_the_encoder_are_whole_in_our_format_alone(d, tmp_path):
+    params = random_params(d)
+    assert params["encoder"]["mask_token"].shape == (1, 1, 32)
+    assert "mask_token" not in params["decoder"]
+    export_orbax(params, tmp_path / "whole", d, {})
+    checkpoint = open_checkpoint(tmp_path / "whole")
+    assert_same_tree(checkpoint.params(), params)
+    assert checkpoint.spec == d
+    for export in (export_official, export_hugging_face):
+        with pytest.raises(UserError, match="mask tokens in its encoder has no place in other"):
+            export(params, tmp_path / "other", d, {})
+    # Whoever has whole images needs no mask token: the encoder is like any other.
+    path = export_encoder(params, tmp_path / "encoder", d, {})
+    del params["encoder"]["mask_token"]
+    encoder = open_checkpoint(path)
+    assert_same_tree(encoder.params(), {"encoder": params["encoder"]})
+    assert encoder.spec == dataclasses.replace(ENCODER, target=d.target, mask_ratio=d.mask_ratio)
 
 
 def test_hugging_face_folders_come_back_bit_for_bit(tmp_path):

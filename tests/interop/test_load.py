@@ -378,3 +378,34 @@ def test_a_decoder_of_unusual_width_is_no_obstacle_where_it_is_not_wanted(tmp_pa
     assert checkpoint.spec.decoder_heads == 0
     with pytest.raises(UserError, match="give decoder_heads"):
         checkpoint.spec.mae()
+
+
+TOKENS = dataclasses.replace(SMALL, encoder_tokens=True)
+LINEAR = dataclasses.replace(SMALL.without_decoder(), encoder_tokens=True, decoder_kind="linear")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (SMALL, TOKENS, "mask.encoder_tokens = False, the model's True"),
+        (TOKENS, LINEAR, "decoder.kind = blocks, the model's linear"),
+    ],
+)
+def test_decoders_of_other_kinds_do_not_continue_each_other(theirs, ours, message, tmp_path):
+    export_orbax(random_params(theirs), tmp_path, theirs, {})
+    with pytest.raises(UserError, match=rf"its decoder has {message}.*init_parts = encoder"):
+        load_into(random_params(ours, 1), tmp_path, ours)
+    _, report = load_into(random_params(ours, 1), tmp_path, ours, parts="encoder")
+    assert "encoder_mask_token" in report.fresh  # it belongs to what is pretrained
+
+
+def test_an_encoder_with_mask_tokens_continues_and_is_tuned(tmp_path):
+    params = random_params(LINEAR)
+    export_orbax(params, tmp_path, LINEAR, {})
+    loaded, report = load_into(random_params(LINEAR, 1), tmp_path, LINEAR)
+    assert_same_tree(loaded, params)
+    assert not report.fresh
+    tuned, report = load_into(classifier_params(CLASSIFIER), tmp_path, CLASSIFIER)
+    assert "encoder_mask_token" in report.left_out
+    for part in ("blocks", "patch_embed"):
+        assert_same_tree(tuned["encoder"][part], params["encoder"][part])

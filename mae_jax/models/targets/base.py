@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LOSSES = ("l2", "l1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -20,13 +22,15 @@ class Target:
 
     patch_size: int
     channels: int
+    # l2, squared, or l1, absolute; no choice where a target's `loss` is its own.
+    error: str = dataclasses.field(default="l2", kw_only=True)
     note: ClassVar[str] = ""  # what a reader must know of pictures of its predictions
     fitted: ClassVar[bool] = False  # whether `fit` makes the state, before a run's first step
 
     @classmethod
     def of(cls, spec: Any) -> "Target":
         """The target of the model that a `ModelSpec` describes."""
-        return cls(spec.patch_size, spec.channels)
+        return cls(spec.patch_size, spec.channels, error=spec.loss)
 
     @property
     def outputs(self) -> int:
@@ -51,8 +55,9 @@ class Target:
         raise NotImplementedError
 
     def loss(self, predictions: jax.Array, values: Any) -> jax.Array:
-        """The error of predictions [B, L, outputs] in each patch: [B, L]; here the squared one."""
-        return jnp.square(predictions - values).mean(axis=-1)
+        """The error of predictions [B, L, outputs] in each patch: [B, L]; here by `error`."""
+        size = jnp.abs if self.error == "l1" else jnp.square
+        return size(predictions - values).mean(axis=-1)
 
     def to_pixels(
         self, predictions: jax.Array, images: jax.Array, mask: jax.Array, state: Any
