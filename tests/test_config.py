@@ -1,12 +1,14 @@
 import pathlib
 import re
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
 from mae_jax.config import FIELDS, default_config, validate
+from mae_jax.models.spec import ModelSpec
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -14,7 +16,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 IMAGENET = 1_281_167  # training images
 VARIANTS = {
     "quickstart.py": ("pretrain", "finetune", "scratch", "linear_probe"),
-    "pretrain.py": ("vit_b", "vit_l", "vit_h", "mmselfsup"),
+    "pretrain.py": ("vit_b", "vit_l", "vit_h", "mmselfsup", "simmim", "maskfeat"),
     "finetune.py": ("vit_b", "vit_l", "vit_h", "vit_h_448", "mmselfsup"),
     "partial.py": ("vit_b", "vit_l", "vit_h"),
     "scratch.py": ("vit_b", "vit_l", "vit_h"),
@@ -69,6 +71,18 @@ def figures(config):
         config_lib.warmup_steps(config, IMAGENET),
         pytest.approx(config.optim.base_lr * config.batch_size / 256),
     )
+
+
+def test_simmim_is_its_recipe():
+    """Its code's simmim_pretrain__vit_base__img224__800ep, with 1e-4 scaled from a batch of 512."""
+    config = load("pretrain.py", "simmim")
+    assert figures(config) == (625, 500_000, 6250, 4e-4)
+    spec = ModelSpec.from_config(config)
+    masking = jax.eval_shape(
+        spec.masking, jax.eval_shape(lambda: jax.random.split(jax.random.key(0)))
+    )
+    assert masking.ids_keep.shape == (2, (49 - 30) * 4)  # ceil(0.6 * 49) squares of 2 x 2 go
+    assert (spec.loss, spec.target, spec.decoder_kind) == ("l1", "pixel", "linear")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +225,25 @@ def test_recipes_of_the_paper_differ_in_model_only():
         ({"data__repeat": 3}, "data.repeat = 3: batch_size = 4096 counts crops.*divisor"),
         ({"epochs": 0.0}, "steps or epochs"),
         ({"model__channels": 1, "augment__color_jitter": 0.4}, "color_jitter.*3 channels"),
+        ({"mask__kind": "grid", "mask__ratio": 0.5}, "mask.ratio is 0.75, not 0.5"),
+        ({"mask__kind": "grid", "model__image_size": (240,)}, "15 x 15 patches has an odd side"),
+        ({"mask__kind": "block", "model__image_size": (64,)}, "4 x 4 patches has no room"),
+        ({"mask__kind": "file"}, "mask.file = '': the kind file needs a file"),
+        ({"mask__file": "m.npy"}, "mask.kind = 'random' and mask.file = 'm.npy'"),
+        ({"mask__unit": 24}, "mask.unit = 24 is no multiple of model.patch_size = 16"),
+        ({"mask__unit": 48}, "mask.unit: squares of 3 x 3 patches do not fill"),
+        ({"mask__unit": 32, "mask__ratio": 0.985}, "keeps 0 of 49 squares"),
+        (
+            {"mask__unit": 32, "mask__kind": "file", "mask__file": "m.npy"},
+            "mask.unit = 32: masks of a file say every patch",
+        ),
+        ({"decoder__kind": "linear"}, "give mask.encoder_tokens = true"),
+        (
+            {"decoder__kind": "linear", "mask__encoder_tokens": True, "decoder__depth": 1},
+            "decoder.depth = 1: .* no use for this field; leave it 8",
+        ),
+        ({"mask__invalid": 0, "augment__color_jitter": 0.4}, "augment.color_jitter changes what"),
+        ({"mask__invalid": 300}, "mask.invalid = 300: give an integer in -1 or"),
         ({"data__scale": (0.5,)}, r"data.scale = \(0.5,\): give two numbers, the lower first"),
         ({"data__ratio": (2.0, 1.0)}, "data.ratio"),
     ],
