@@ -8,7 +8,7 @@ _MODEL = {
     "model.width": 32,
     "model.depth": 2,
     "model.heads": 2,
-    "model.image_size": (32,),
+    "model.image_size": (48,),  # 6 x 6 patches: room for blocks of 16
     "data.threads": 1,
     "checkpoint.every": 8,
     "eval.every": 0,
