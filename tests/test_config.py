@@ -237,6 +237,10 @@ def test_recipes_of_the_paper_differ_in_model_only():
             {"mask__unit": 32, "mask__kind": "file", "mask__file": "m.npy"},
             "mask.unit = 32: masks of a file say every patch",
         ),
+        (
+            {"loss": "l1", "target": "token", "tokenizer": "t"},
+            "loss = 'l1': target token has its own; leave it l2",
+        ),
         ({"decoder__kind": "linear"}, "give mask.encoder_tokens = true"),
         (
             {"decoder__kind": "linear", "mask__encoder_tokens": True, "decoder__depth": 1},
