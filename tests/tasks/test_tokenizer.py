@@ -68,6 +68,7 @@ def test_a_trained_tokenizer_is_exported_drawn_and_serves_pretraining(
         open_checkpoint(tmp_path / "dvae")
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_pictures_error_and_the_codes_divergence(tokenizer_config):
     tokenizer_config.data.flip, tokenizer_config.dvae.kl = False, 0.5
     tokenizer_config.dvae.temperature = (1e4, 1e4)  # so hot that the noise is nothing: all alike
