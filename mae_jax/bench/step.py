@@ -3,11 +3,12 @@
 python -m mae_jax.bench step --config=configs/quickstart.py
 """
 
-import statistics
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
@@ -25,41 +26,65 @@ SECONDS_A_ROUND = 4.0
 
 def main(config: ConfigDict) -> None:
     """Prints images/s (median and range over rounds), model FLOP/s, and MFU on known chips."""
-    config_lib.validate(config)
-    keep_compiled(config.compile.cache_dir)
-    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
-    mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
-    # No data is read: the number of examples only sets the length of the schedule.
-    classes = config.head.classes or 1000
-    task = create_task(config, 1000 * config.batch_size, classes, mesh)
-    abstract = abstract_state(task.init, mesh)
-    step = compile_step(task, abstract)
-    state = jax.jit(task.init, out_shardings=shardings_of(abstract))()
-    totals = mesh_lib.replicate(zero_totals(task.metric_names), mesh)
-    positions = mesh_lib.local_positions(config.batch_size, mesh)
-    rng = np.random.default_rng(0)
-    batch = {
-        name: rng.integers(0, min(classes, 256), (len(positions), *shape)).astype(dtype)
-        for name, (shape, dtype) in task.batch_schema.items()
-    }
-    batch = mesh_lib.global_batch(batch, positions, config.batch_size, mesh)
-
-    def run(count: int) -> float:
-        nonlocal state, totals
-        start = time.perf_counter()
-        for _ in range(count):
-            state, totals = step(state, totals, batch)
-        jax.block_until_ready(totals)
-        return time.perf_counter() - start
-
-    run(2)  # warm up
-    steps = max(1, round(SECONDS_A_ROUND / run(1)))
-    rates = [steps * config.batch_size / run(steps) for _ in range(ROUNDS)]
-    rate = statistics.median(rates)
-    flops = rate * task.train_flops_per_image / mesh.size
+    mesh = open_mesh(config)
+    step = Step(config, mesh)
+    [rates] = rates_in_turns([step])
+    rate = np.median(rates)
+    flops = rate * step.flops_per_image / mesh.size
     device = mesh.devices.flat[0]
     print(f"{mesh.size} x {device.device_kind}, batch {config.batch_size}, {config.compute_dtype}")
     print(f"images/s: median {rate:.1f}, range {min(rates):.1f} to {max(rates):.1f}")
     print(f"model FLOP/s a device: {flops:.3e}")
     if peak := peak_flops(device):
         print(f"MFU: {flops / peak:.1%} of {peak:.3e}")
+
+
+def open_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of a config, found valid."""
+    config_lib.validate(config)
+    keep_compiled(config.compile.cache_dir)
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
+    return mesh
+
+
+class Step:
+    """The compiled training step of a config, with a state and a batch to do it on."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        self.batch_size = config.batch_size
+        # No data is read: the number of examples only sets the length of the schedule.
+        classes = config.head.classes or 1000
+        task = create_task(config, 1000 * config.batch_size, classes, mesh)
+        self.flops_per_image = task.train_flops_per_image
+        abstract = abstract_state(task.init, mesh)
+        self._step = compile_step(task, abstract)
+        self._state = jax.jit(task.init, out_shardings=shardings_of(abstract))()
+        self._totals = mesh_lib.replicate(zero_totals(task.metric_names), mesh)
+        positions = mesh_lib.local_positions(config.batch_size, mesh)
+        rng = np.random.default_rng(0)
+        batch = {
+            name: rng.integers(0, min(classes, 256), (len(positions), *shape)).astype(dtype)
+            for name, (shape, dtype) in task.batch_schema.items()
+        }
+        self._batch = mesh_lib.global_batch(batch, positions, config.batch_size, mesh)
+
+    def run(self, count: int) -> float:
+        """Seconds that so many steps take."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self._state, self._totals = self._step(self._state, self._totals, self._batch)
+        jax.block_until_ready(self._totals)
+        return time.perf_counter() - start
+
+
+def rates_in_turns(steps: Sequence[Step]) -> np.ndarray:
+    """Images/s of each step in each round [steps, rounds]. They take turns, round by round: other
+    work on the machine disturbs all."""
+    counts = []
+    for step in steps:
+        step.run(2)  # warm up
+        counts.append(max(1, round(SECONDS_A_ROUND / step.run(1))))
+    turns = list(zip(steps, counts, strict=True))
+    rounds = [[n * step.batch_size / step.run(n) for step, n in turns] for _ in range(ROUNDS)]
+    return np.asarray(rounds).T
