@@ -159,7 +159,7 @@ def test_a_broken_config_file_is_refused_with_its_line(content, message, tmp_pat
         (["train", QUICKSTART, "--workdir=x", "--config.steps"], "steps = ''"),
         (["train", QUICKSTART, "--workdir=x", "--nonsense=3"], "--nonsense=3"),
         (["train", "--config=nowhere.py", "--workdir=x"], "no such file, and no recipe of that"),
-        (["train", "--config=pretrain:vit_xxl", "--workdir=x"], "choose vit_b, vit_l, vit_h or"),
+        (["train", "--config=pretrain:vit_xxl", "--workdir=x"], "choose vit_b, vit_l, vit_h"),
         (["bench", "nothing", QUICKSTART], "invalid choice: 'nothing'"),
         (["export", "--from=/nowhere", "--format=x", "--output=y"], "invalid choice: 'x'"),
         (["export", "--from=/nowhere", "--format=timm", "--output=/nowhere/y"], "/nowhere: there"),
