@@ -453,24 +453,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             what = f"the tokenizer's {patch}" if task in DVAE else f"model.patch_size = {patch}"
             wrong = f"{name} {side} is not divisible by {what}"
             yield f"model.image_size: {wrong}; {near}"
-    if config.target == "token" and not config.tokenizer:
-        yield (
-            "target = 'token' needs a tokenizer: give tokenizer=FILE, the pytorch_model.bin of "
-            "facebook/flava-image-codebook (DALL-E's), or the workdir of a run with task=tokenizer"
-        )
-    if config.tokenizer and config.target != "token":
-        unused = f"target {config.target} has no use for it; leave it empty or give target=token"
-        yield f"tokenizer = {config.tokenizer!r}: {unused}"
-    if task in DVAE and config.compute_dtype != "float32":
-        yield f"compute_dtype = {config.compute_dtype}: a tokenizer needs float32, or codes change"
-    if config.dvae.width % 4:
-        yield f"dvae.width = {config.dvae.width}: give a multiple of 4"
-    if len(config.dvae.temperature) != 2:
-        yield f"dvae.temperature = {config.dvae.temperature}: give two numbers, first,last"
-    if config.target == "hog" and patch % CELL:
-        lower = patch // CELL * CELL
-        near = f"give {lower or CELL} or {lower + CELL}, or another target"
-        yield f"model.patch_size = {patch}: target hog has cells of {CELL} pixels; {near}"
+    yield from _target_problems(config, patch)
     encoder = "model", model.width or shape.width, model.heads or shape.heads
     for name, width, heads in (encoder, ("decoder", config.decoder.width, config.decoder.heads)):
         if width % 4:
@@ -501,6 +484,28 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for name in ("scale", "ratio"):
         if len(value := config.data[name]) != 2 or value[0] > value[1]:
             yield f"data.{name} = {value}: give two numbers, the lower first, as 0.2,1"
+
+
+def _target_problems(config: ConfigDict, patch: int) -> Iterator[str]:
+    """Of the target, the tokenizer that it reads, and the training of one."""
+    if config.target == "token" and not config.tokenizer:
+        yield (
+            "target = 'token' needs a tokenizer: give tokenizer=FILE, the pytorch_model.bin of "
+            "facebook/flava-image-codebook (DALL-E's), or the workdir of a run with task=tokenizer"
+        )
+    if config.tokenizer and config.target != "token":
+        unused = f"target {config.target} has no use for it; leave it empty or give target=token"
+        yield f"tokenizer = {config.tokenizer!r}: {unused}"
+    if config.task in DVAE and config.compute_dtype != "float32":
+        yield f"compute_dtype = {config.compute_dtype}: a tokenizer needs float32, or codes change"
+    if config.dvae.width % 4:
+        yield f"dvae.width = {config.dvae.width}: give a multiple of 4"
+    if len(config.dvae.temperature) != 2:
+        yield f"dvae.temperature = {config.dvae.temperature}: give two numbers, first,last"
+    if config.target == "hog" and patch % CELL:
+        lower = patch // CELL * CELL
+        near = f"give {lower or CELL} or {lower + CELL}, or another target"
+        yield f"model.patch_size = {patch}: target hog has cells of {CELL} pixels; {near}"
 
 
 def _mask_problems(config: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
