@@ -44,7 +44,7 @@ from mae_jax import UserError
 from mae_jax.config import TASKS
 from mae_jax.storage.files import explain_failure, in_bucket, to_path
 from mae_jax.sweeps import LOG, Run, Sweeps, keep_record, last_line, prepare
-from mae_jax.train.ledger import read_times
+from mae_jax.train.ledger import read_times, seconds_at_work
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Told to stop and saved, a hang or a lost peer, killed; other codes are final (docs/failures.md).
@@ -174,8 +174,7 @@ def time_left(runs: list[Run], parallel: int) -> str:
     spent = collections.defaultdict(list)
     for run in runs:
         if run.state == "done" and (times := read_times(run.folder)):
-            seconds = sum(times["seconds"].values()) - times["seconds"].get("away", 0.0)
-            spent[run.config.task].append(seconds)
+            spent[run.config.task].append(seconds_at_work(times))
     left, unknown = 0.0, 0
     for run in (run for run in runs if run.state in ("waiting", "running")):
         share = run.share() if run.state == "running" else 0.0

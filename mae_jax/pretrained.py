@@ -48,7 +48,7 @@ def draw_masks(
         return choose_masking(keys, read_masks(file, spec.grid, "mask_file"))
     ratio = spec.mask_ratio or 0.75 if ratio is None else ratio
     spec = dataclasses.replace(spec, mask_kind=kind, mask_ratio=ratio)
-    for problem in mask_problems(kind, spec.grid, ratio, max(1, spec.mask_unit // spec.patch_size)):
+    for problem in mask_problems(kind, spec.grid, ratio, spec.unit_patches):
         raise UserError(problem.replace("mask.", "mask_").replace(" = ", "="))  # as arguments
     return jax.jit(spec.masking)(keys)
 

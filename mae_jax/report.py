@@ -26,7 +26,7 @@ from mae_jax.pictures.plots import Point, curves, sweep_plot
 from mae_jax.results import percent
 from mae_jax.storage.files import read_json, to_path
 from mae_jax.sweeps import RECORD, finished, last_line
-from mae_jax.train.ledger import read_times, summary
+from mae_jax.train.ledger import read_times, seconds_at_work, summary
 from mae_jax.train.metrics import read_metrics
 
 STAGES = {"finetune": "fine-tuned", "scratch": "from scratch", "linear_probe": "probed"}
@@ -58,14 +58,13 @@ def look(folder: epath.Path, task: str = "") -> Facts:
         told = textwrap.shorten(last_line(folder), 120)
         state = f"step {times['step']} of {times['total_steps']}" if times else "not begun"
         state += f" ({told})" * bool(told)
-    seconds = times and sum(times["seconds"].values()) - times["seconds"].get("away", 0.0)
     rates = [line[name] for line in metrics if line.get(name := "train/images_per_second")]
     return Facts(
         state,
         fields,
         metrics,
         read_json(results) if done and results.exists() else None,
-        seconds and seconds / 3600,
+        seconds_at_work(times) / 3600 if times else None,
         statistics.median(rates) if rates else None,
         newest_picture(folder / "reconstructions"),
     )

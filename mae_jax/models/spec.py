@@ -141,8 +141,12 @@ class ModelSpec:
 
     def masking(self, keys: jax.Array) -> Masking:
         """Masks as in pretraining, one for each of `keys` [B]; not of `mask_kind` file."""
-        unit = max(1, self.mask_unit // self.patch_size)
-        return sample_masking(self.mask_kind, keys, self.grid, self.mask_ratio, unit)
+        return sample_masking(self.mask_kind, keys, self.grid, self.mask_ratio, self.unit_patches)
+
+    @property
+    def unit_patches(self) -> int:
+        """The side, in patches, of the squares that are removed."""
+        return max(1, self.mask_unit // self.patch_size)
 
     # Models. `how` they are computed (dtype, stacking, remat ...) are further attributes of `ViT`
     # and, where it shares them, `Decoder`.

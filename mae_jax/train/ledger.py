@@ -133,6 +133,11 @@ def read_times(workdir: PathLike) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def seconds_at_work(times: dict[str, Any]) -> float:
+    """Seconds of a `Ledger.record` in which the run was there: all but those between starts."""
+    return sum(times["seconds"].values()) - times["seconds"].get("away", 0.0)
+
+
 def step_seconds(workdir: PathLike) -> float | None:
     """A step's usual time: the median over log intervals, without waiting for data."""
     lines = read_metrics(to_path(workdir) / "metrics.jsonl")
