@@ -1,4 +1,4 @@
-"""For two CPU cores: a ViT of four blocks of width 128 on Imagenette at 64 pixels, 12 epochs.
+"""For two CPU cores: a ViT of four blocks of width 96 on Imagenette at 48 pixels, 6 epochs.
 
     python launch/sweep.py configs/ablations/mask_ratio.py --base=small --workdir=runs/small \\
         --config.data.dir=TFDS_DIR
@@ -12,11 +12,11 @@ pretraining by `--config.epochs`. Follow-ups have 3,000 labels
 _MODEL = {
     "compute_dtype": "float32",
     "model.variant": "ti",
-    "model.width": 128,
+    "model.width": 96,
     "model.depth": 4,
-    "model.heads": 4,
+    "model.heads": 3,
     "model.patch_size": 8,
-    "model.image_size": (64,),
+    "model.image_size": (48,),
     "data.name": "imagenette96",
     "data.resize": "fast",
     "pictures.every": 0,
@@ -30,13 +30,13 @@ BASE = {
         {
             **_MODEL,
             "target": "pixel",
-            "batch_size": 128,
-            "epochs": 12.0,
+            "batch_size": 64,
+            "epochs": 6.0,
             "decoder.width": 64,
             "decoder.depth": 2,
             "decoder.heads": 4,
             "optim.base_lr": 3e-3,
-            "optim.warmup_epochs": 2.0,
+            "optim.warmup_epochs": 1.0,
         },
     ),
     "finetune": (
@@ -44,10 +44,10 @@ BASE = {
         {
             **_MODEL,
             "data.train_split": "train[:3000]",
-            "batch_size": 128,
-            "epochs": 6.0,
+            "batch_size": 64,
+            "epochs": 5.0,
             "model.drop_path": 0.0,
-            "optim.base_lr": 2e-3,
+            "optim.base_lr": 4e-3,
             "optim.warmup_epochs": 1.0,
             "optim.layer_decay": 0.75,
             "augment.erasing": 0.0,
