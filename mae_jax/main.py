@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
         require_same({"mae_jax": mae_jax.__version__, "jax": jax.__version__, **alike})
         setup = in_every_process(prepare, config, folder)
         if jax.process_count() > 1:
-            require_same(in_every_process(setup.data.facts))
+            require_same(in_every_process(setup.data.facts) | setup.task.digests)
         announce(setup)
         with (
             sole_run(folder, lambda text: fate.leave(fate.MENDABLE, f"error: {text}")) as claim,
@@ -200,7 +200,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
 def restore_or_begin(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, and what was recorded with it: nothing of a new run."""
     config, task = setup.config, setup.task
-    check = functools.partial(check_fits, config=config, data=setup.data)
+    check = functools.partial(check_fits, config=config, data=setup.data, digests=task.digests)
     restored = checkpoints.restore_newest(setup.abstract, check, task.fixed_positions)
     if restored is not None:
         state, record = restored
@@ -254,6 +254,7 @@ def train_and_evaluate(
             "model": task.spec.to_json(),
             "seed": config.seed,
             "data": {"examples": len(data.train), "position": step * config.batch_size},
+            "digests": task.digests,
             "elapsed_seconds": time.time() - started,
             "version": mae_jax.__version__,
         }
@@ -356,7 +357,9 @@ def finish(setup: Setup, state: TrainState) -> None:
     logging.info("done: %d steps. Model, pictures and metrics are in %s", steps, setup.workdir)
 
 
-def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None:
+def check_fits(
+    record: dict[str, Any], config: ConfigDict, data: Splits, digests: dict[str, str]
+) -> None:
     """Raises UserError where a checkpoint belongs to another run."""
     if differing := config_lib.differing_fields(record["config"], config):
         changes = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items()]
@@ -373,6 +376,12 @@ def check_fits(record: dict[str, Any], config: ConfigDict, data: Splits) -> None
             f"data.dir: the checkpoint was trained on {examples} examples, {data.train.name} "
             f"{data.train.split} now has {len(data.train)}: restore them, or choose a new --workdir"
         )
+    for field, digest in record.get("digests", {}).items():
+        if digest != digests[field]:
+            raise UserError(
+                f"{field} = {config_lib.flatten(config.to_dict())[field]!r}: its content is not "
+                "what this run began with; restore it, or choose a new --workdir"
+            )
 
 
 def announce(setup: Setup) -> None:

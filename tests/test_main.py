@@ -349,6 +349,18 @@ def test_a_workdir_of_another_config_is_refused_with_the_differing_field(undistu
     assert (undisturbed / "config.json").read_text() == before
 
 
+def test_a_run_with_masks_of_a_file_does_not_go_on_with_others_in_that_file(tmp_path):
+    masks = np.zeros((1, 4, 4), bool)
+    masks[:, :2] = True
+    file, fields = tmp_path / "masks.npy", {"mask__kind": "file", "steps": 2}
+    np.save(file, masks)
+    assert run(tmp_path / "run", mask__file=file, **fields).returncode == 0
+    np.save(file, ~masks)
+    result = run(tmp_path / "run", mask__file=file, **fields)
+    assert result.returncode == 2
+    assert re.search(r"error: mask\.file = .*: its content is not what this run", result.stderr)
+
+
 @pytest.mark.skipif(not (TFDS / "imagenet2012").exists(), reason="no ../shared/tfds")
 def test_real_imagenet_records_train(tmp_path):
     fields = {"data__name": "imagenet2012", "data__dir": TFDS, "steps": 4}

@@ -45,6 +45,7 @@ class BaseTask:
     """
 
     metric_names = ("loss", "grad_norm", "lr")
+    digests: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
     decays = staticmethod(optimizers.decays)  # which parameters have weight decay
 
     def __init__(

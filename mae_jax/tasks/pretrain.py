@@ -1,6 +1,7 @@
 """The pretraining task: what a step of masked autoencoding does (paper section 3, table 8)."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ class Pretrain(BaseTask):
         self.own_masks = read_masks(config.mask.file, spec.grid) if config.mask.file else None
         if self.own_masks is not None:
             spec = dataclasses.replace(spec, mask_ratio=_ratio_of(self.own_masks, config))
+            self.digests = {"mask.file": hashlib.sha256(self.own_masks).hexdigest()}
         # Weights to start from bring their position tables, interpolated to this image size.
         self.model = spec.mae(position_params=bool(config.init_from), **how_computed(config))
         super().__init__(config, examples, spec, self.model.encoder, mesh)

@@ -27,6 +27,7 @@ class Task(Protocol):
     metric_names: Sequence[str]  # of what `train_step` returns
     train_flops_per_image: int  # of the matrix products of a training step
     fixed_positions: dict[str, np.ndarray]  # by name in the state: missing from old checkpoints
+    digests: dict[str, str]  # by field: of files read anew at each start, which must not change
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""

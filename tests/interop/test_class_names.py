@@ -168,10 +168,10 @@ def test_a_run_is_not_continued_on_other_classes():
         source = PictureFiles("", ["a"] * 4, class_names=[*names])
         data = types.SimpleNamespace(train=source, classes=2)
         if names == NAMES:
-            main.check_fits(record, config, data)
+            main.check_fits(record, config, data, {})
         else:
             with pytest.raises(UserError, match=r"data\.dir: folder has other classes"):
-                main.check_fits(record, config, data)
+                main.check_fits(record, config, data, {})
 
 
 def test_names_must_be_as_many_as_classes():
