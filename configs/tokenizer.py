@@ -32,6 +32,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         config.steps = 400
         config.log_every = 20
         config.dvae.codes, config.dvae.width, config.dvae.blocks = 256, 16, 1
+        config.dvae.kl = 5e-4  # so that a run this short uses many of its codes
         config.optim.base_lr = 1.2e-2
         config.optim.warmup_steps = 40
         config.checkpoint.every = 100
