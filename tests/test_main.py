@@ -294,6 +294,10 @@ def test_repeated_crops_are_those_of_one_run_on_two_processes_and_after_a_kill(t
             "--config.data.name=folder --config.data.dir={folder}/$((JAX_PROCESS_ID * 2))",
             "process 1 has records in data.train_split = 2 where process 0 has 3",
         ),
+        (
+            "--config.mask.kind=file --config.mask.file=/dev/stdin < {folder}/$JAX_PROCESS_ID.npy",
+            "process 1 has mask.file = ",
+        ),
     ],
 )
 def test_processes_started_differently_end_at_once_and_name_the_difference(
@@ -306,6 +310,8 @@ def test_processes_started_differently_end_at_once_and_name_the_difference(
         (tmp_path / f"{number}").mkdir()
         for letter in letters:
             Image.new("RGB", (32, 32)).save(tmp_path / f"{number}" / f"{letter}.png")
+    for number in (0, 1):
+        np.save(tmp_path / f"{number}.npy", np.arange(16).reshape(4, 4) % 2 == number)
     line = shlex.join(command(tmp_path / "run")) + f" {option.format(folder=tmp_path)}"
     started = time.time()
     result = in_two_processes(["bash", "-c", line], devices=1)

@@ -45,7 +45,6 @@ class BaseTask:
     """
 
     metric_names = ("loss", "grad_norm", "lr")
-    digests: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
     decays = staticmethod(optimizers.decays)  # which parameters have weight decay
 
     def __init__(
@@ -75,6 +74,7 @@ class BaseTask:
         self.optimizer = optimizers.create(name, self.schedule, config.optim, mask=self.decays)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.reduce_dtype = jnp.dtype(config.optim.reduce_dtype)
+        self.digests: dict[str, str] = {}
         self._seed = config.seed
 
     def update(

@@ -42,10 +42,11 @@ class Pretrain(BaseTask):
         self.own_masks = read_masks(config.mask.file, spec.grid) if config.mask.file else None
         if self.own_masks is not None:
             spec = dataclasses.replace(spec, mask_ratio=_ratio_of(self.own_masks, config))
-            self.digests = {"mask.file": hashlib.sha256(self.own_masks).hexdigest()}
         # Weights to start from bring their position tables, interpolated to this image size.
         self.model = spec.mae(position_params=bool(config.init_from), **how_computed(config))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
+        if self.own_masks is not None:
+            self.digests["mask.file"] = hashlib.sha256(self.own_masks).hexdigest()
         self.loss_on_all, self.invalid = config.mask.loss == "all", config.mask.invalid
         del self.batch_schema["label"]
         one = jax.eval_shape(lambda: self.masks(jax.random.split(jax.random.key(0), 1)))
