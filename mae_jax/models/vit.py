@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.models.attention import attention
+from mae_jax.models.gelu import gelu
 from mae_jax.models.masking import take_tokens
 from mae_jax.models.patches import patchify
 
@@ -136,7 +137,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        x = nn.gelu(dense(x, MLP_RATIO * d, self.dtype, "fc1"), approximate=False)  # [B, N, 4D]
+        x = gelu(dense(x, MLP_RATIO * d, self.dtype, "fc1"))  # [B, N, 4D]
         return dense(x, d, self.dtype, "fc2", self.result)
 
 
