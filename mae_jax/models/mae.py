@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.masking import Masking, take_tokens
+from mae_jax.models.masking import Masking, scatter_tokens
 from mae_jax.models.targets.base import Target
 from mae_jax.models.vit import Blocks, ViT, dense, layer_norm, sincos_position_table
 
@@ -27,17 +27,16 @@ class Decoder(nn.Module):
     position_params: bool = False  # as in `ViT`
 
     @nn.compact
-    def __call__(self, latent: jax.Array, ids_restore: jax.Array | None) -> jax.Array:
-        """Predictions [B, L, outputs] from latent [B, 1 + K, D] with ids_restore [B, L], or, where
-        that is None, from latent [B, 1 + L, D] of all patches in order."""
-        kept, residual = latent.shape[1] - 1, self.residual_dtype
+    def __call__(self, latent: jax.Array, masking: Masking | None) -> jax.Array:
+        """Predictions [B, L, outputs] from latent [B, 1 + K, D] of the patches that `masking` keeps
+        or, where that is None, from latent [B, 1 + L, D] of all patches in order."""
+        residual = self.residual_dtype
         x = dense(latent, self.width, self.dtype, "embed", residual)  # [B, 1 + K, Dd]
-        if ids_restore is not None:
+        if masking is not None:
             mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-            mask_token = jnp.broadcast_to(mask_token.astype(residual), (x.shape[0], 1, self.width))
-            # Row K of `visible` is the mask token: every removed patch reads it.
-            visible = jnp.concatenate([x[:, 1:], mask_token], axis=1)  # [B, K + 1, Dd]
-            patches = take_tokens(visible, jnp.minimum(ids_restore, kept))  # [B, L, Dd]
+            removed = masking.mask[:, :, None] > 0  # [B, L, 1]
+            patches = scatter_tokens(x[:, 1:], masking)  # [B, L, Dd]
+            patches = jnp.where(removed, mask_token.astype(residual), patches)
             x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1 + L, Dd]
         positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, Dd]
         if self.position_params:
@@ -55,7 +54,7 @@ class LinearHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, latent: jax.Array, ids_restore: None) -> jax.Array:
+    def __call__(self, latent: jax.Array, masking: None) -> jax.Array:
         """Predictions [B, L, outputs] from latent [B, 1 + L, D] of all patches in order."""
         return dense(latent[:, 1:], self.outputs, self.dtype, "pred", jnp.float32)
 
@@ -87,7 +86,7 @@ class MAE(nn.Module):
             predictions = self.decoder(latent, None).astype(jnp.float32)
         else:
             latent = self.encoder(images, masking.ids_keep)  # [B, 1 + K, D]
-            predictions = self.decoder(latent, masking.ids_restore).astype(jnp.float32)
+            predictions = self.decoder(latent, masking).astype(jnp.float32)
         state = self.target.init_state()
         if state is not None:
             state = jax.lax.stop_gradient(self.param("target_state", lambda _: state))

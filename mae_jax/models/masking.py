@@ -150,3 +150,20 @@ def choose_masking(keys: jax.Array, masks: np.ndarray) -> Masking:
 def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `ids` [B, K] of `tokens` [B, N, D]: [B, K, D]."""
     return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
+
+
+@jax.custom_vjp
+def scatter_tokens(tokens: jax.Array, masking: Masking) -> jax.Array:
+    """The inverse of `take_tokens` by `ids_keep`: [B, K, D] to [B, L, D], each token at its place;
+    removed places hold any, and must not be used.
+
+    So that its gradient, too, is a gather: the place of every token is known.
+    """
+    kept = tokens.shape[1]
+    return take_tokens(tokens, jnp.minimum(masking.ids_restore, kept - 1))
+
+
+scatter_tokens.defvjp(
+    lambda tokens, masking: (scatter_tokens(tokens, masking), masking),
+    lambda masking, cotangent: (take_tokens(cotangent, masking.ids_keep), None),
+)

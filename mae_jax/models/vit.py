@@ -1,6 +1,7 @@
 """The Vision Transformer of MAE, as plain maths on arrays (paper appendix A.1)."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -52,14 +53,28 @@ def sincos_position_table(width: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
 
 
-def product(x: jax.Array, kernel: jax.Array, dimensions: tuple, dtype: jnp.dtype) -> jax.Array:
-    """`lax.dot_general` with a result in `dtype` (float32: the sums of a bfloat16 product); the
-    cotangent is rounded to the type of x, so that backwards too all factors are bfloat16."""
-    dot = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
+def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, contracted: int = 1) -> jax.Array:
+    """The last `contracted` dimensions of x summed with the first of kernel, the result in `dtype`
+    (float32: the sums of a bfloat16 product).
+
+    The cotangent is rounded to the type of x, so that backwards too all factors are bfloat16.
+    CPUs multiply plain matrices backwards: they would transpose the factors of anything else first.
+    """
+    last = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=(last, ((), ())))
     forward = functools.partial(dot, preferred_element_type=dtype)
 
+    def in_shape(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple:
+        return jax.vjp(dot, x, kernel)[1](cotangent)
+
+    def as_matrices(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple:
+        matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)  # [in, out]
+        rows, changes = x.reshape(-1, len(matrix)), cotangent.reshape(-1, matrix.shape[1])
+        return (changes @ matrix.T).reshape(x.shape), (rows.T @ changes).reshape(kernel.shape)
+
     def backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(dot, *saved)[1](cotangent.astype(saved[0].dtype))
+        arrays = *saved, cotangent.astype(saved[0].dtype)
+        return jax.lax.platform_dependent(*arrays, cpu=as_matrices, default=in_shape)
 
     with_gradients = jax.custom_vjp(forward)
     with_gradients.defvjp(lambda *factors: (forward(*factors), factors), backward)
@@ -90,9 +105,7 @@ def dense(
     """A linear layer, its factors in `dtype`, its sums and what it returns in `result`."""
     result = result or dtype
     kernel, bias = Linear(features, bias_init, name=name)(x.shape[-1])
-    last_with_first = (((x.ndim - 1,), (0,)), ((), ()))
-    y = product(x.astype(dtype), kernel.astype(dtype), last_with_first, result)
-    return y + bias.astype(result)
+    return product(x.astype(dtype), kernel.astype(dtype), result) + bias.astype(result)
 
 
 def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
@@ -120,12 +133,11 @@ class Attention(nn.Module):
         kernel = kernel.astype(self.dtype).reshape(d, 3, self.heads, head_dim)
         bias = bias.astype(self.dtype).reshape(3, self.heads, head_dim)
         # [B, N, heads, head_dim] each
-        q, k, v = (jnp.einsum("bnd,dhk->bnhk", x, kernel[:, i]) + bias[i] for i in range(3))
+        q, k, v = (product(x, kernel[:, i], self.dtype) + bias[i] for i in range(3))
         x = attention(q, k, v)  # [B, N, heads, head_dim]
         kernel, bias = Linear(d, name="proj")(d)
         kernel = kernel.astype(self.dtype).reshape(self.heads, head_dim, d)
-        x = product(x, kernel, (((2, 3), (0, 1)), ((), ())), self.result)  # [B, N, D]
-        return x + bias.astype(self.result)
+        return product(x, kernel, self.result, contracted=2) + bias.astype(self.result)  # [B, N, D]
 
 
 class Mlp(nn.Module):
@@ -274,7 +286,9 @@ class ViT(nn.Module):
             positions = self.param("pos_embed", lambda _: positions[None])[0]
         positions = positions.astype(self.residual_dtype)
 
-        x = patchify(images, self.patch_size)  # [B, L, p*p*C]
+        x, positions_of = patchify(images, self.patch_size), positions[1:]  # [B, L, p*p*C], [L, D]
+        if ids_keep is not None:  # before they are embedded: nothing is computed for the others
+            x, positions_of = take_tokens(x, ids_keep), positions_of[ids_keep]  # [B, K, p*p*C or D]
         # The reference leaves its patch convolution's bias at the default of torch.
         bound = x.shape[-1] ** -0.5
         bias_init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
@@ -282,9 +296,7 @@ class ViT(nn.Module):
         if mask is not None:
             token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
             x = jnp.where(mask[:, :, None] > 0, token.astype(self.residual_dtype), x)
-        x = x + positions[1:]  # [B, L, D]
-        if ids_keep is not None:
-            x = take_tokens(x, ids_keep)  # [B, K, D]
+        x = x + positions_of  # [B, K, D]
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = cls.astype(self.residual_dtype) + positions[0]
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
