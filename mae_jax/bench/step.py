@@ -39,11 +39,11 @@ def main(config: ConfigDict) -> None:
         print(f"MFU: {flops / peak:.1%} of {peak:.3e}")
 
 
-def open_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of a config, found valid."""
+def open_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config, found valid, on all devices or these."""
     config_lib.validate(config)
     keep_compiled(config.compile.cache_dir)
-    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
     return mesh
 

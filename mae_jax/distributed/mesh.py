@@ -1,6 +1,6 @@
 """The device mesh, and arrays on it: `data` and `fsdp` split the batch, `fsdp` the state too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from mae_jax import UserError
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves, and of two `fsdp`
     takes a slice.
 
