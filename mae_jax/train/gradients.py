@@ -4,6 +4,7 @@ Written for one device (`shard_map`): left to place the sums, the compiler puts 
 matrix product, in the product's type and once for every part of an accumulated batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +75,11 @@ def gradients(
         return use(param, whole)
 
     def sum_over_devices(gradient: jax.Array, spec: P) -> jax.Array:
-        axes = BATCH_AXES if split_axis(spec) is None else "data"
-        total = jax.lax.psum(to_sum(gradient), axes).astype(jnp.float32)
-        return total / (parts * mesh.size)
+        axes = BATCH_AXES if split_axis(spec) is None else ("data",)
+        total = to_sum(gradient)
+        if math.prod(mesh.shape[axis] for axis in axes) > 1:  # a CPU would copy the sum of one
+            total = jax.lax.psum(total, axes)
+        return total.astype(jnp.float32) / (parts * mesh.size)
 
     def on_one_device(trees: Any, batch: Any) -> tuple[Any, Metrics]:
         params = trees[0]
