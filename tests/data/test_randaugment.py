@@ -2,6 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 
 from mae_jax.data import randaugment
 from mae_jax.data.randaugment import INCREASING_OPS, PLAIN_OPS, apply, parse_randaugment
@@ -71,6 +72,35 @@ def test_shear_moves_each_line_by_its_distance_from_the_edge(sign, level):
     np.testing.assert_allclose(centre, moved, atol=0.05)
     transposed = do("ShearY", line.transpose(1, 0, 2), level, sign, fill=(0,))
     np.testing.assert_array_equal(transposed[:, :, 0].T, out)
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_what_pillow_does_slowly_is_done_to_the_bit(gray):
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        height, width = rng.integers(4, 100, 2)
+        picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        if trial % 4 == 0:
+            picture[:] = picture[0, 0]  # values between grey levels are cut off, not rounded
+        image, fill = Image.fromarray(picture).convert("L" if gray else "RGB"), (124, 116, 104)
+        fill = fill[0] if gray else fill
+        sign, level = int(rng.choice([-1, 1])), float(rng.choice([0, 10, rng.uniform(0, 10)]))
+        signed = sign * (level / 10)
+        sharper = ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed)
+        expected = {"SharpnessIncreasing": np.asarray(sharper)}
+        for name, matrix in {
+            "ShearX": (1, 0.3 * signed, 0, 0, 1, 0),
+            "ShearY": (1, 0, 0, 0.3 * signed, 1, 0),
+            "TranslateXRel": (1, 0, 0.45 * signed * width, 0, 1, 0),
+            "TranslateYRel": (1, 0, 0, 0, 1, 0.45 * signed * height),
+        }.items():
+            kind, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+            moved = image.transform(image.size, kind, matrix, bicubic, fillcolor=fill)
+            expected[name] = np.asarray(moved)
+        pixels = np.asarray(image).reshape(height, width, -1)
+        for name, result in expected.items():
+            got = apply(name, pixels, level, sign, (fill,) if gray else fill)
+            np.testing.assert_array_equal(got, result.reshape(pixels.shape), err_msg=name)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
