@@ -37,8 +37,8 @@ def _moved(
     """Moves every row along x, or with `down` every column along y: its pixel (x, y) is where the
     picture's was at x + slope * (y + 1/2) + offset.
 
-    Pillow's `transform` by such an affine matrix with its bicubic filter, to the bit, and faster: of
-    its 4 x 4 pixels only the four along the movement count.
+    Pillow's `transform` by such an affine matrix with its bicubic filter, to the bit and faster:
+    of its 4 x 4 pixels only the four along the movement count.
     """
     pixels = cv2.transpose(np.asarray(image)) if down else np.asarray(image)
     height, width, channels = np.atleast_3d(pixels).shape

@@ -14,6 +14,7 @@ from mae_jax.models.masking import (
     num_kept,
     random_scores,
     sample_masking,
+    scatter_tokens,
     take_tokens,
 )
 
@@ -65,6 +66,23 @@ def test_mask_depends_on_the_images_key_alone():
 
 def test_random_scores_have_one_entry_a_patch():
     assert random_scores(jax.random.key(0), (3, 5), 0.75).shape == (15,)
+
+
+def test_scattered_tokens_lie_at_their_places_and_get_the_gradients_of_these():
+    masking = sample_masking("random", jax.random.split(jax.random.key(0), 3), (2, 4), 0.6)
+    rng = np.random.default_rng(0)
+    tokens, weights = rng.normal(size=(3, 3, 5)), rng.normal(size=(3, 8, 5))
+    kept = (masking.mask == 0)[:, :, None]
+    expected, gradient = np.zeros((3, 8, 5)), np.zeros((3, 3, 5))
+    for image, ids in enumerate(np.asarray(masking.ids_keep)):
+        expected[image, ids], gradient[image] = tokens[image], weights[image, ids]
+    place = lambda tokens: jnp.where(kept, scatter_tokens(tokens, masking), 0)  # noqa: E731
+    placed, back = jax.vjp(place, jnp.asarray(tokens))
+    np.testing.assert_allclose(placed, expected, rtol=1e-6)
+    np.testing.assert_allclose(back(jnp.asarray(weights, placed.dtype))[0], gradient, rtol=1e-6)
+    assert "scatter-add" not in str(
+        jax.make_jaxpr(jax.grad(lambda x: place(x).sum()))(placed[:, :3])
+    )
 
 
 def test_take_tokens_picks_rows_per_image():

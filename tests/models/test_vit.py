@@ -9,7 +9,7 @@ import pytest
 from mae_jax.models.attention import attention
 from mae_jax.models.masking import sample_masking
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import Blocks, ViT, sincos_position_table
+from mae_jax.models.vit import Blocks, ViT, product, sincos_position_table
 
 SMALL = {"image_size": (8, 12), "patch_size": 4, "channels": 2, "width": 32, "depth": 3, "heads": 4}
 
@@ -33,6 +33,29 @@ def test_position_table_has_the_reference_values(width, side, total):
     np.testing.assert_allclose(table[2, 0], 0.841471, atol=1e-6)
     np.testing.assert_allclose(table[1 + side, 0], 0, atol=1e-6)
     np.testing.assert_allclose(table[1 + side, width // 2], 0.841471, atol=1e-6)
+
+
+@pytest.mark.parametrize(("contracted", "kernel"), [(1, (5, 2, 3)), (2, (4, 5, 3)), (1, (5, 7))])
+def test_products_have_the_values_and_gradients_of_tensordot(contracted, kernel):
+    inputs = (2, 3, 4, 5)
+    shapes = inputs, kernel, inputs[:-contracted] + kernel[contracted:]
+    rng = np.random.default_rng(0)
+    x, w, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    ours = lambda x, w: (product(x, w, jnp.float32, contracted) * weights).sum()  # noqa: E731
+    theirs = lambda x, w: (jnp.tensordot(x, w, contracted) * weights).sum()  # noqa: E731
+    np.testing.assert_allclose(ours(x, w), theirs(x, w), rtol=1e-5)
+    for got, expected in zip(*(jax.grad(f, (0, 1))(x, w) for f in (ours, theirs)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("platform", "as_matrices"), [("cpu", True), ("tpu", False)])
+def test_products_backwards_are_plain_matrices_on_cpus_alone(platform, as_matrices):
+    gradient = jax.grad(lambda x, w: product(x, w, jnp.float32).sum(), (0, 1))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 5, 8), (8, 3))]
+    lowered = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 2  # those of the other platform are not there
+    assert all(("tensor<20x" in line) == as_matrices for line in products)
 
 
 def test_attention_equals_numpy():
