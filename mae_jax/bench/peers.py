@@ -16,6 +16,8 @@ from mae_jax.bench.step import Step, open_mesh, rates_in_turns
 from mae_jax.interop.export import hugging_face_config
 from mae_jax.models.spec import ModelSpec
 
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # by JAX's platform
+
 
 def main(config: ConfigDict) -> None:
     """Prints images/s of both, timed in turns, and how many times as fast as theirs ours is: the
@@ -31,7 +33,12 @@ def main(config: ConfigDict) -> None:
     mesh = open_mesh(config, jax.devices()[:1])
     theirs = hugging_face_config(ModelSpec.from_config(config))
     model = transformers.ViTMAEConfig(**{k: v for k, v in theirs.items() if k != "torch_dtype"})
-    device = "cuda" if mesh.devices.flat[0].platform == "gpu" else "cpu"
+    platform = mesh.devices.flat[0].platform
+    if platform not in TORCH_DEVICES:
+        raise UserError(
+            f"bench peers: PyTorch has no {platform} here; JAX_PLATFORMS=cpu does without"
+        )
+    device = TORCH_DEVICES[platform]
     ways = ("eager", "compiled") if device == "cuda" else ("eager",)
     steps = {f"transformers, {way}": TorchStep(config, model, device, way) for way in ways}
     steps["mae_jax"] = Step(config, mesh)
@@ -55,13 +62,11 @@ class TorchStep:
         import torch
         import transformers
 
-        self.batch_size, self._device = config.batch_size, device
+        self.batch_size = config.batch_size
         self._model = transformers.ViTMAEForPreTraining(model).to(device).train()
-        optim = config.optim
-        decay = {"weight_decay": optim.weight_decay, "betas": (optim.b1, optim.b2)}
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=optim.base_lr, **decay)
-        side = model.image_size
-        shape = config.batch_size, model.num_channels, side, side
+        parameters = self._model.parameters()
+        self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05)
+        shape = config.batch_size, model.num_channels, model.image_size, model.image_size
         self._images = torch.rand(shape, device=device)
         dtype = torch.bfloat16 if config.compute_dtype == "bfloat16" else None
         self._cast = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
