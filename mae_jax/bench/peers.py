@@ -21,8 +21,8 @@ TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # by JAX's platform
 
 def main(config: ConfigDict) -> None:
     """Prints images/s of both, timed in turns, and how many times as fast as theirs ours is: the
-    same model, batch, type of products and AdamW, on pixels already on the device. On a GPU theirs
-    is timed compiled (`torch.compile`), too."""
+    same model, batch and type of products, with AdamW, on pixels already on the device. On a GPU
+    theirs is timed compiled (`torch.compile`), too."""
     try:
         import torch
         import transformers
@@ -30,14 +30,14 @@ def main(config: ConfigDict) -> None:
         raise UserError(f'bench peers: {e}; pip install "mae_jax[parity]"') from e
     if config.task not in config_lib.MAE:
         raise UserError(f"task = {config.task!r}: ViTMAE is for pretraining")
-    mesh = open_mesh(config, jax.devices()[:1])
-    theirs = hugging_face_config(ModelSpec.from_config(config))
-    model = transformers.ViTMAEConfig(**{k: v for k, v in theirs.items() if k != "torch_dtype"})
-    platform = mesh.devices.flat[0].platform
+    platform = jax.default_backend()
     if platform not in TORCH_DEVICES:
         raise UserError(
             f"bench peers: PyTorch has no {platform} here; JAX_PLATFORMS=cpu does without"
         )
+    mesh = open_mesh(config, jax.devices()[:1])
+    theirs = hugging_face_config(ModelSpec.from_config(config))
+    model = transformers.ViTMAEConfig(**{k: v for k, v in theirs.items() if k != "torch_dtype"})
     device = TORCH_DEVICES[platform]
     ways = ("eager", "compiled") if device == "cuda" else ("eager",)
     steps = {f"transformers, {way}": TorchStep(config, model, device, way) for way in ways}

@@ -1,4 +1,4 @@
-"""The one activation of the models: the exact GELU, with a gradient that computes nothing twice."""
+"""The activation of transformer blocks: the exact GELU, whose gradient computes nothing twice."""
 
 import jax
 import jax.numpy as jnp
