@@ -281,10 +281,10 @@ class ViT(nn.Module):
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected} (H, W, C)")
-        positions = jnp.asarray(sincos_position_table(self.width, self.grid))  # [1 + L, D]
+        positions = sincos_position_table(self.width, self.grid)  # [1 + L, D]
         if self.position_params:
-            positions = self.param("pos_embed", lambda _: positions[None])[0]
-        positions = positions.astype(self.residual_dtype)
+            positions = self.param("pos_embed", lambda _: jnp.asarray(positions)[None])[0]
+        positions = jnp.asarray(positions, self.residual_dtype)  # parameters may be numpy's
 
         x, positions_of = patchify(images, self.patch_size), positions[1:]  # [B, L, p*p*C], [L, D]
         if ids_keep is not None:  # before they are embedded: nothing is computed for the others

@@ -35,6 +35,7 @@ class Claim:
         self._path, self._lost = path, lost
         self._run, self._host, self._renewals = uuid.uuid4().hex, socket.gethostname(), 0
         self._released = threading.Event()
+        self._writes = threading.Lock()  # a renewal under way must not bring back what is released
 
     def take(self, locked: bool) -> None:
         """Returns when the claim is ours; UserError where another run renews it.
@@ -66,15 +67,19 @@ class Claim:
         """Gives the claim up; once is enough."""
         if not self._released.is_set():
             self._released.set()
-            found = self._read()
-            if found is not None and found["run"] == self._run:
-                self._path.unlink(missing_ok=True)
+            with self._writes:
+                found = self._read()
+                if found is not None and found["run"] == self._run:
+                    self._path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self._released.wait(SECONDS_RENEWED):
             try:
-                self.require()
-                self._write()
+                with self._writes:
+                    if self._released.is_set():
+                        return
+                    self.require()
+                    self._write()
             except UserError as error:
                 if not self._released.is_set():
                     self._lost(str(error))

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -137,6 +138,24 @@ def test_a_claim_holds_on_other_hosts_while_it_is_renewed(two_hosts):
         here.take(locked=True)
     there.release()
     here.take(locked=False)  # what is released can be taken at once
+
+
+def test_a_renewal_under_way_does_not_bring_back_what_is_released(two_hosts, monkeypatch):
+    there, here, _ = two_hosts
+    begun, written, write = threading.Event(), threading.Event(), claim.write_json
+
+    def slow(*args):
+        begun.set()
+        written.wait(10)
+        write(*args)
+
+    there.take(locked=True)
+    monkeypatch.setattr(claim, "write_json", slow)
+    assert begun.wait(10)
+    threading.Timer(0.2, written.set).start()
+    there.release()
+    time.sleep(1)
+    assert not here._path.exists()
 
 
 def test_a_claim_that_nobody_renews_is_taken_over_and_its_old_owner_told(two_hosts, monkeypatch):
