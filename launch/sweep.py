@@ -170,22 +170,22 @@ class Runner:
 
 
 def time_left(runs: list[Run], parallel: int) -> str:
-    """An estimate by the median of finished runs of the same task."""
-    spent = collections.defaultdict(list)
+    """An estimate: by the time that finished runs of the same kind took for their work."""
+    paces = collections.defaultdict(list)
     for run in runs:
         if run.state == "done" and (times := read_times(run.folder)):
-            spent[run.config.task].append(seconds_at_work(times))
+            paces[run.kind].append(seconds_at_work(times) / run.work())
     left, unknown = 0.0, 0
     for run in (run for run in runs if run.state in ("waiting", "running")):
         share = run.share() if run.state == "running" else 0.0
-        if run.config.task in spent:
-            left += statistics.median(spent[run.config.task]) * (1 - share)
+        if run.kind in paces:
+            left += statistics.median(paces[run.kind]) * run.work() * (1 - share)
         elif share:
             left += (time.time() - run.began) * (1 - share) / share
         else:
             unknown += 1
     known = (
-        f"left about {tqdm.format_interval(left / parallel)}"
+        f"left about {tqdm.format_interval(round(left / parallel))}"
         if left
         else "time left" * bool(unknown)
     )

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
+from mae_jax.models.flops import spec_forward_macs
+from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.files import PathLike, read_json, to_path, unfinished, write_json
 from mae_jax.train.ledger import read_times
 
@@ -50,6 +52,23 @@ class Run:
             return False
         saved = read_json(self.folder / "config.json")
         return not config_lib.differing_fields(saved, self.config).keys() - {"init_from"}
+
+    def work(self) -> float:
+        """How much there is to compute, beside other runs of the `kind`: images times their work
+        through the model, forward, and backward as far down as blocks are trained."""
+        config = self.config
+        length = config.steps * config.batch_size or config.epochs
+        if config.task in config_lib.DVAE:
+            return length
+        spec, blocks = ModelSpec.from_config(config), config.trainable_blocks
+        frozen = config.task in config_lib.PROBE
+        trained = 0 if frozen else 1 if blocks == -1 else min(1, blocks / spec.depth)
+        return length * spec_forward_macs(spec) * (1 + 2 * trained)
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Runs of one kind tell how long another takes: its task, and how its length is given."""
+        return self.config.task, self.config.steps > 0
 
     def share(self) -> float:
         """The part of its steps that is made."""

@@ -1,6 +1,10 @@
 """Analytic matrix-multiply work, the basis of MFU (compilers count the body of a scan once)."""
 
+import dataclasses
+
 from mae_jax.models.mae import MAE, LinearHead
+from mae_jax.models.masking import num_kept
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import MLP_RATIO, ViT
 
 
@@ -34,6 +38,14 @@ def encoder_forward_macs(encoder: ViT, kept: int | None = None) -> int:
     embedding = patches * encoder.patch_size**2 * encoder.channels * encoder.width
     tokens = 1 + (patches if kept is None else kept)
     return embedding + stack_macs(tokens, encoder.width, encoder.depth)
+
+
+def spec_forward_macs(spec: ModelSpec) -> int:
+    """Multiply-adds of one image through the model of a description, its target's left out."""
+    if not spec.has_decoder:
+        return encoder_forward_macs(spec.encoder())
+    kept = num_kept(spec.grid[0] * spec.grid[1], spec.mask_ratio)
+    return mae_forward_macs(dataclasses.replace(spec, target="pixel").mae(), kept)
 
 
 def train_flops(forward_macs: int, tuned_macs: int | None = None) -> int:

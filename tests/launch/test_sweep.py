@@ -10,9 +10,10 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from mae_jax import cli
-from mae_jax.config import validate
+from mae_jax.config import load_config, validate
 from tests.program import ROOT, environment
 
 FAKE = pathlib.Path(__file__).with_name("fake_sweep.py")
@@ -234,3 +235,24 @@ def test_real_runs_killed_in_the_middle_end_as_undisturbed_ones(tmp_path):
     }
     assert len(results["a"]) == 2
     assert results["a"] == results["b"]
+
+
+def test_time_left_goes_by_the_work_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    from sweep import Run, time_left
+
+    def run(name, state, **fields):
+        config = load_config("pretrain:vit_l")
+        config.update_from_flattened_dict(fields)
+        return Run(epath.Path(tmp_path / name), [], config, None, state)
+
+    short = run("short", "done", epochs=100.0)
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "time.json").write_text('{"seconds": {"steps": 90, "compile": 10}}')
+    long, wide = run("long", "waiting", epochs=800.0), run("all", "waiting", epochs=100.0)
+    wide.config.mask.encoder_tokens = True  # paper, table 1c: 3.3 times the FLOPs
+    steps = run("steps", "waiting", steps=100)
+    assert time_left([short, long], 1) == "left about 13:20"
+    minutes, seconds = time_left([short, wide], 1).removeprefix("left about ").split(":")
+    assert 60 * int(minutes) + int(seconds) == pytest.approx(330, abs=10)
+    assert time_left([short, long, steps], 2) == "left about 06:40 and 1 runs not yet known"
