@@ -63,7 +63,8 @@ class BaseTask:
         self.flip = config.data.flip
         self.accumulate = config.optim.accumulate
         self.ema_decay = config.optim.ema
-        self.schedule = optimizers.warmup_cosine(
+        self.schedule = optimizers.warmup_then(
+            config.optim.schedule,
             base_lr=config.optim.base_lr,
             batch_size=config.batch_size,
             warmup_steps=config_lib.warmup_steps(config, examples),
