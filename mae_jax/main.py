@@ -35,7 +35,6 @@ from mae_jax.data.splits import Splits
 from mae_jax.distributed import fate, startup, stopping, watchdog
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
-from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.class_names import require_same_classes
 from mae_jax.interop.load import load_into
 from mae_jax.models.spec import ModelSpec
@@ -268,7 +267,7 @@ def train_and_evaluate(
         with ledger.during("features"):
             inputs = task.inputs(data, state, setup.workdir)
         shardings = shardings_of(setup.abstract)
-        evaluate = Evaluation(task, inputs, writer, shardings, config.eval.batches)
+        evaluate = task.evaluation(inputs, writer, shardings, config.eval.batches)
         also = timer.is_over if config.checkpoint.minutes else None
         actions = [
             Action("evaluation", config.eval.every, evaluate, evaluate.compile),
@@ -348,7 +347,7 @@ def finish(setup: Setup, state: TrainState) -> None:
     def write() -> None:
         with complete_or_absent_folder(setup.workdir / "export") as folder:
             setup.task.export(state, folder, facts)
-        if data.classes is not None:
+        if config.task in config_lib.SUPERVISED:
             sizes = {"train_examples": len(data.train), "parameters": tree_size(state.weights)}
             results = write_results(setup.workdir, config, steps=steps, **sizes)
             logging.info("results.json:\n%s\n%s", results["markdown_header"], results["markdown"])

@@ -33,6 +33,8 @@ def open_splits(config: ConfigDict) -> Splits:
     data, size = config.data, config_lib.image_size(config)
     train = open_source(data.name, data.dir, data.train_split)
     evaluation = open_source(data.name, data.dir, data.eval_split)
+    if config.task in config_lib.SEGMENT:
+        return _segmentation_splits(config, train, evaluation)
     classes = None
     if config.task in config_lib.LABELS:
         need = f"task {config.task} learns from labels: choose a labelled data set"
@@ -61,4 +63,32 @@ def open_splits(config: ConfigDict) -> Splits:
         classes=classes,
         windows=Windows(data.window, data.pool) if data.order == "windowed" else None,
         **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch", "repeat")},
+    )
+
+
+def _segmentation_splits(config: ConfigDict, train: Source, evaluation: Source) -> Splits:
+    """Splits with label maps; `classes` are those of pixels."""
+    data, segment, size = config.data, config.segment, config_lib.image_size(config)
+    named = common_classes_of_pixels(train, evaluation)
+    if config.head.classes and named not in (None, config.head.classes):
+        what = f"head.classes = {config.head.classes}, but {train.name} names {named} classes"
+        raise UserError(f"{what}; 0 takes the data set's")
+    classes = named or config.head.classes
+    if not classes:
+        what = f"{train.name} does not say how many classes its label maps have"
+        raise UserError(f"{what}: put classes.txt beside them, a name a line, or give head.classes")
+    labels = LabelMaps(classes, segment.ignore, segment.zero_is_other)
+    return Splits(
+        train=train,
+        eval=evaluation,
+        train_transform=SegmentTrainTransform(
+            size=size,
+            channels=config.model.channels,
+            labels=labels,
+            scale=tuple(segment.scale),
+            resize=data.resize,
+            flip=data.flip,
+            distortion=segment.distortion,
+        ),
+        eval_transform=None,
     )
