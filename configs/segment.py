@@ -17,7 +17,7 @@ for L, which takes B's with BEiT's drop path. Evaluation slides windows of 512 o
 short side is 512, 341 pixels at a time (`segment.stride`; mmsegmentation's MAE has 256). Nobody has
 run either variant here to the end yet.
 
-`quick` is a small encoder on small pictures, for two CPU cores, to see it work on data of one's own:
+`quick` is a small encoder on small pictures, for two CPU cores, to see it work on one's own data:
 
     python -m mae_jax.main --config=configs/segment.py:quick --workdir=DIR \\
         --config.init_from=PRETRAINED --config.data.dir=DATA

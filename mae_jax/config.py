@@ -12,7 +12,7 @@ import runpy
 import textwrap
 import traceback
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -141,7 +141,7 @@ FIELDS = {
     "segment.ignore": Field(255, "-1 or [0, 255]", "label left out; -1: none", SEGMENT),
     "segment.zero_is_other": Field(True, ANY, "label 0 is left out, 1 is class 0", SEGMENT),
     "segment.scale": Field((0.5, 2.0), "(0, inf)", "of the short side, over the crop's", SEGMENT),
-    "segment.distortion": Field(True, ANY, "of colours: brightness, contrast, hue", SEGMENT),
+    "segment.photometric": Field(True, ANY, "brightness, contrast and hue distorted", SEGMENT),
     # Of evaluation. Two thirds are BEiT's 341 of 512; mmsegmentation's MAE has 256.
     "segment.stride": Free(0, "[0, inf)", "pixels between windows; 0: two thirds", SEGMENT),
     "segment.eval_scales": Free((1.0,), "(0, inf)", "averaged over, as 0.5,1,1.5", SEGMENT),
@@ -255,6 +255,17 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return {k: list(value) if isinstance(value, tuple) else value for k, value in flat.items()}
 
 
+def from_json(saved: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run from what its record or config.json holds; fields that are younger than
+    the run have their defaults. UserError: a field that this version does not know."""
+    config = default_config()
+    for name, value in flatten(saved).items():
+        many = isinstance(_field(name).default, tuple)
+        entries = value if isinstance(value, list) else [value]
+        config.update_from_flattened_dict({name: tuple(entries) if many else value})
+    return config
+
+
 def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Fields that forbid continuing from a checkpoint: {field: (saved, now)}."""
     saved, new = flatten(saved), flatten(config.to_dict())
@@ -344,6 +355,11 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
     """`model.image_size` as (height, width)."""
     size = tuple(config.model.image_size)
     return size * 2 if len(size) == 1 else size
+
+
+def segment_stride(config: ConfigDict) -> int:
+    """`segment.stride`, or two thirds of the shorter side of a window (341 of 512)."""
+    return config.segment.stride or max(1, min(image_size(config)) * 2 // 3)
 
 
 def steps_per_epoch(config: ConfigDict, examples: int) -> int:
@@ -542,9 +558,9 @@ def _segment_problems(config: ConfigDict, depth: int) -> Iterator[str]:
     if segment.stride > min(size):
         what = f"windows of {size[0]} x {size[1]} would leave pixels out"
         yield f"segment.stride = {segment.stride}: {what}; give at most {min(size)}"
-    if segment.distortion and config.model.channels != 3:
+    if segment.photometric and config.model.channels != 3:
         what = f"hue and saturation are of 3 channels, and model.channels = {config.model.channels}"
-        yield f"segment.distortion = True: {what}; give segment.distortion=false"
+        yield f"segment.photometric = True: {what}; give segment.photometric=false"
 
 
 def _mask_problems(config: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:

@@ -2,10 +2,10 @@
 
     python -m mae_jax.results WORKDIR...
 
-Every run of fine-tuning, training from scratch, linear probing or segmentation leaves a `results.json` in its
-workdir. Runs that differ in nothing but the seed become one row, with mean and sample standard
-deviation of their accuracies, the mean loss and the median speed. Every run keeps account of its
-time, finished or not, in `time.json`: see docs/time.md.
+Every supervised run leaves a `results.json` in its workdir. Runs that differ in nothing but the
+seed become one row, with mean and sample standard deviation of their scores, the mean loss and the
+median speed. Every run keeps account of its time, finished or not, in `time.json`: see
+docs/time.md.
 """
 
 if __name__ == "__main__":
@@ -36,7 +36,7 @@ _NOT_COMPARED = {"seed", *FREE_FIELDS} - {"data.dir", "eval.batches"}
 
 def header(names: Mapping[str, str]) -> str:
     """The head of a table of `SCORES` or `PIXEL_SCORES`."""
-    told = "task | model | from | trained blocks | data | epochs | steps | batch".split(" | ")
+    told = ["task", "model", "from", "trained blocks", "data", "epochs", "steps", "batch"]
     cells = [*told, *names.values(), "loss", "images/s", "seed"]
     return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}"
 

@@ -16,7 +16,6 @@ from mae_jax.storage.files import (
     write_json,
 )
 
-
 CLASSES_FILE = "classes.json"  # of the last evaluation: {"step", "classes": {name: scores}}
 
 
