@@ -119,8 +119,8 @@ def open_folder(data_dir: str, split: str) -> PictureFiles:
 
     ``training`` may stand for ``train`` and ``val`` for ``validation``, in any case. Without split
     folders ``data_dir`` itself holds the pictures (or class folders), and every 50th in sorted
-    order is `validation`. Classes are the sub-folders in sorted order. Raises UserError: no such folder, no picture, unknown
-    split, or unclear classes.
+    order is `validation`. Classes are the sub-folders in sorted order. Raises UserError: no such
+    folder, no picture, unknown split, or unclear classes.
     """
     root = existing_folder(data_dir, "data.dir")
     folders = split_folders(root)  # {"train": "train", "validation": "val"}

@@ -32,10 +32,9 @@ def open_source(
             f"data.dir is not set, and data.name={name!r} needs it: the folder of images, or that "
             "given to `tfds build --data_dir` (TFDS itself uses ~/tensorflow_datasets)"
         )
-    if name in ("folder", "segmentation_folder"):
-        if in_bucket(data_dir):
-            remedy = "Copy it, mount it (gcsfuse), or make an array_record data set of it"
-            raise UserError(f"data.dir={data_dir}: a folder of pictures must be on disk. {remedy}")
+    if name in ("folder", "segmentation_folder") and in_bucket(data_dir):
+        remedy = "Copy it, mount it (gcsfuse), or make an array_record data set of it"
+        raise UserError(f"data.dir={data_dir}: a folder of pictures must be on disk. {remedy}")
     if name == "folder":
         from mae_jax.data.folder import open_folder
 

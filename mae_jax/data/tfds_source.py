@@ -237,11 +237,9 @@ def _map_key(folder: str, info: tfds.core.DatasetInfo) -> str:
         what = "holds the maps of another challenge: R is one of 100 things, G the number of each"
         remedy = "Unpack ADEChallengeData2016 and set data.name=segmentation_folder"
         raise UserError(f"data.name: scene_parse150 of TFDS {what}. {remedy}")
-    keys = []
-    for key, feature in info.features.items():
-        if isinstance(feature, tfds.features.Image) and feature.shape[-1] == 1:
-            if isinstance(feature, tfds.features.LabeledImage) or key in MAPS:
-                keys.append(key)
+    images = {k: f for k, f in info.features.items() if isinstance(f, tfds.features.Image)}
+    kind = tfds.features.LabeledImage
+    keys = [k for k, f in images.items() if isinstance(f, kind) or (k in MAPS and f.shape[-1] == 1)]
     if len(keys) != 1:
         what = f"a LabeledImage or an Image of one channel called {', '.join(MAPS)}"
         has = f"it has {' '.join(str(info.features).split())}"
