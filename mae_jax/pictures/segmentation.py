@@ -7,11 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from PIL import Image, ImageDraw
 
 from mae_jax.data.segmentation import IGNORED
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import local_positions
-from mae_jax.pictures.grids import BLACK, FAINT, GAP, GREY, MIN_SIDE, Line, _in_rows, _sheet, _short
+from mae_jax.pictures.grids import (
+    BLACK,
+    FAINT,
+    FONT,
+    GAP,
+    GREY,
+    LINE,
+    MIN_SIDE,
+    _fitting,
+    _sheet,
+    _short,
+    image_grid,
+)
 from mae_jax.pictures.in_training import Drawing
 from mae_jax.storage.files import write_png
 from mae_jax.train.state import TrainState
@@ -41,13 +54,99 @@ def _laid_over(images: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> n
 
 
 def _legend(
-    labels: np.ndarray, colours: np.ndarray, class_names: Sequence[str] | None, most: int
-) -> list[Line]:
-    """The classes of label maps, the most frequent first, in their colours; at most so many."""
+    labels: np.ndarray, size: tuple[int, int], colours: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """The classes of some label maps, the most frequent first, as a picture: uint8 [*size, 3]."""
     counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
     present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    lines = [
-        (f"■ {class_names[k] if class_names else k}", "#{:02x}{:02x}{:02x}".format(*colours[k]))
-        for k in present[:most]
+    room = size[0] // LINE
+    shown = present if len(present) <= room else present[: room - 1]
+    legend = Image.new("RGB", size[::-1], "white")
+    draw = ImageDraw.Draw(legend)
+    for number, k in enumerate(shown):
+        y, square = number * LINE, LINE - GAP
+        draw.rectangle((0, y, square, y + square), fill=tuple(map(int, colours[k])))
+        draw.text((LINE, y), _fitting(names[k], size[1] - LINE), fill=BLACK, font=FONT)
+    if len(shown) < len(present):
+        text = f"and {len(present) - len(shown)} more"
+        draw.text((LINE, len(shown) * LINE), text, fill=FAINT, font=FONT)
+    return np.asarray(legend)
+
+
+def segmentation_grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    *,
+    names: Sequence[str],
+    classes: int,
+    class_names: Sequence[str] | None,
+    title: str,
+) -> np.ndarray:
+    """For every image itself, its label map, the predicted one, and what the colours mean.
+
+    Args:
+      images: [B, H, W, C] uint8.
+      labels, predictions: class numbers [B, H, W]; `IGNORED` shows as grey.
+      class_names: of the `classes`, or None to show numbers.
+    """
+    zoom = max(1, -(-2 * MIN_SIDE // max(images.shape[1:3])))  # here, for the text of the legend
+    images, labels, predictions = (
+        x.repeat(zoom, axis=1).repeat(zoom, axis=2) for x in (images, labels, predictions)
+    )
+    texts, colours = class_names or [str(k) for k in range(classes)], palette(classes)
+    legends = [
+        _legend(np.stack(pair), labels.shape[1:], colours, texts)
+        for pair in zip(labels, predictions, strict=True)
     ]
-    return lines + [(f"and {len(present) - most} more", FAINT)] * (len(present) > most)
+    real = labels != IGNORED
+    right = (real & (labels == predictions)).sum(axis=(1, 2)) / real.sum(axis=(1, 2)).clip(min=1)
+    shown = {
+        "image": images[..., np.arange(3) % min(images.shape[3], 3)],
+        "labels": _laid_over(images, labels, colours),
+        "predicted": _laid_over(images, predictions, colours),
+        "": np.stack(legends),
+    }
+    lines = [
+        [[(f"{_short(name)}   {share:.1%} of the pixels right", BLACK)]]
+        for name, share in zip(names, right, strict=True)
+    ]
+    return _sheet(np.stack([*shown.values()], axis=1), lines, title=title, columns=tuple(shown))
+
+
+def draw_segmentations(
+    task: Segmenting, data: Splits, count: int, directory: epath.Path
+) -> Drawing:
+    """What a model takes the pixels of `count` pictures of the evaluation split for, of each the
+    middle. The transform of that split is `SegmentEvalTransform`."""
+    arrays, names = data.example_arrays(data.eval, count)
+    images, labels, sizes = arrays["image"], arrays["segmentation"], arrays["size"]
+    rows, columns = (np.arange(n) for n in labels.shape[1:])
+    inside = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
+    classes, class_names = data.eval_transform.classes, data.train.class_names
+
+    def function(state: TrainState, images: jax.Array) -> jax.Array:
+        logits = task.windows_logits(state, images, jnp.asarray(sizes))
+        shape = (*labels.shape, logits.shape[-1])
+        return jax.image.resize(logits, shape, "bilinear").argmax(axis=-1).astype(jnp.uint8)
+
+    def draw(title: str, found: np.ndarray) -> np.ndarray:
+        found = np.where(inside, found, np.uint8(IGNORED))
+        texts = {"names": names, "classes": classes, "class_names": class_names}
+        return segmentation_grid(images, labels, found, title=title, **texts)
+
+    return Drawing(function, images, draw, directory, task.mesh)
+
+
+def draw_crops(task: Segmenting, data: Splits, path: epath.Path, count: int = 16) -> None:
+    """Training crops of step 0, of the first process, each left of its label map."""
+    positions = local_positions(task.batch_size, task.mesh)
+    with data.train_batches(positions, 0, 1) as batches:
+        batch = next(batches)
+    if jax.process_index() == 0:
+        images, labels = batch["image"][:count], batch["segmentation"][:count]
+        images = images[..., np.arange(3) % min(images.shape[3], 3)]
+        tinted = _laid_over(images, labels, palette(data.eval_transform.classes))
+        pairs = np.stack([images, tinted], axis=1).reshape(-1, *images.shape[1:])
+        title = f"step 0: {len(images)} of {task.batch_size} crops, and right of each its labels"
+        write_png(path, image_grid(pairs, f"{title} (grey: none)"))

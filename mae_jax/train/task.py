@@ -112,5 +112,5 @@ class Segmenting(Task, Protocol):
     """What the evaluation and pictures of segmentation ask beside."""
 
     def windows_logits(self, state: TrainState, images: jax.Array, size: jax.Array) -> jax.Array:
-        """Logits [B, s, s', K] of windows [B, S, S', C] uint8. Of each the upper left, of height and
-        width `size` [B, 2] int32, shows something; the rest is to be 0 once it is normalised."""
+        """Logits [B, s, s', K] of windows [B, S, S', C] uint8. Of each the upper left, whose height
+        and width are `size` [B, 2] int32, shows something; the rest is 0 once normalised."""
