@@ -25,6 +25,7 @@ class Splits:
     seed: int
     batch_size: int
     classes: int | None  # of a labelled set whose labels are read, else None
+    pixel_classes: int | None = None  # of label maps that are read
     bad_records: str = "stop"  # this and what follows: see `pipeline.train_batches`
     workers: int = 0  # for training
     threads: int = 0

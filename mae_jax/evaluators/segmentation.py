@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,11 @@ def scores(matrix: np.ndarray) -> dict[str, Any]:
 
 
 Corner = tuple[int, int]  # top, left
+
+
+def finite(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,5 +313,9 @@ class SegmentationEvaluation:
         metrics = {name: found[name] for name in ("miou", "macc", "aacc")}
         scalars = {f"eval/{name}": value for name, value in metrics.items()}
         self._writer.write(step, {**scalars, "eval/examples": count})
+        names = inputs.eval.class_names or [str(k) for k in range(len(self.matrix))]
+        pairs = zip(names, found["iou"].tolist(), found["acc"].tolist(), strict=True)
+        classes = {name: {"iou": finite(iou), "acc": finite(acc)} for name, iou, acc in pairs}
+        self._writer.write_classes(step, classes)
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logging.info("step %d: eval %s  (%d images)", step, text, count)

@@ -53,12 +53,12 @@ def export_encoder(
 
 
 def export_segmenter(
-    params: Params, statistics: Params, directory: PathLike, spec: ModelSpec, facts: Facts
+    params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
 ) -> epath.Path:
-    """Writes a segmentation model, running statistics included, for this project to read."""
+    """Writes a segmentation model, running `statistics` included, for this project to read."""
     directory = to_path(directory)
     path = directory / SEGMENTER_FILE
-    tensors = to_official({**params, "statistics": statistics}, spec)
+    tensors = to_official(params, spec)
     save_safetensors(path, tensors, spec.to_metadata())
     form = f"with its encoder under the tensor names of timm's BEiT ({path.name})"
     load = "from mae_jax.interop.checkpoint import open_checkpoint\n"

@@ -127,8 +127,12 @@ def draw_segmentations(
 
     def function(state: TrainState, images: jax.Array) -> jax.Array:
         logits = task.windows_logits(state, images, jnp.asarray(sizes))
-        shape = (*labels.shape, logits.shape[-1])
-        return jax.image.resize(logits, shape, "bilinear").argmax(axis=-1).astype(jnp.uint8)
+        shape = (*labels.shape[1:], logits.shape[-1])
+
+        def classes_of(logits: jax.Array) -> jax.Array:
+            return jax.image.resize(logits, shape, "bilinear").argmax(axis=-1).astype(jnp.uint8)
+
+        return jax.lax.map(classes_of, logits)  # one by one: of 150 classes each takes 157 MB
 
     def draw(title: str, found: np.ndarray) -> np.ndarray:
         found = np.where(inside, found, np.uint8(IGNORED))

@@ -34,9 +34,12 @@ def tokenizer_shape(path: str, channels: int, workdir: epath.Path | None = None)
 def open_splits(config: ConfigDict) -> Splits:
     """The two splits of `config.data`; raises UserError for missing data or unfit labels."""
     data, size = config.data, config_lib.image_size(config)
-    train = open_source(data.name, data.dir, data.train_split)
-    evaluation = open_source(data.name, data.dir, data.eval_split)
-    if config.task in config_lib.SEGMENT:
+    label_maps = config.task in config_lib.SEGMENT
+    train, evaluation = (
+        open_source(data.name, data.dir, split, segmentation=label_maps)
+        for split in (data.train_split, data.eval_split)
+    )
+    if label_maps:
         return _segmentation_splits(config, train, evaluation)
     classes = None
     if config.task in config_lib.LABELS:
@@ -69,9 +72,10 @@ def open_splits(config: ConfigDict) -> Splits:
 def _segmentation_splits(config: ConfigDict, train: Source, evaluation: Source) -> Splits:
     """Splits of pictures with label maps; `classes`, of pictures, they have none."""
     data, segment = config.data, config.segment
+    classes = pixel_classes(config, train, evaluation)
     what = {
         "size": config_lib.image_size(config),
-        "classes": pixel_classes(config, train, evaluation),
+        "classes": classes,
         "channels": config.model.channels,
         "ignore": segment.ignore,
         "zero_is_other": segment.zero_is_other,
@@ -94,16 +98,13 @@ def _segmentation_splits(config: ConfigDict, train: Source, evaluation: Source) 
             flip=segment.eval_flip,
         ),
         classes=None,
+        pixel_classes=classes,
         **_loading(config),
     )
 
 
 def pixel_classes(config: ConfigDict, train: Source, evaluation: Source) -> int:
     """How many classes label maps have; UserError where nobody says, or not all say the same."""
-    for source in (train, evaluation):
-        if source[0].segmentation is None:
-            what = f"{source.name}, split {source.split}, has no label maps"
-            raise UserError(f"data.name: {what}, from which task {config.task} learns")
     if train.class_names != evaluation.class_names:
         raise UserError(f"data.eval_split: its classes are not those of {train.split}")
     named, given = train.num_classes, config.head.classes

@@ -18,10 +18,10 @@ from mae_jax.evaluators.segmentation import SegmentationEvaluation
 from mae_jax.interop.export import export_segmenter
 from mae_jax.models import flops
 from mae_jax.models.patches import normalize
-from mae_jax.models.segmenter import segmentation_loss
+from mae_jax.models.segmenter import segmentation_loss, segmenter_variables
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import drop_path_scale
-from mae_jax.pictures.in_training import draw_label_maps, draw_segmentations
+from mae_jax.pictures.segmentation import draw_crops, draw_segmentations
 from mae_jax.tasks.base import INIT, TRAIN, BaseTask, how_computed
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
@@ -55,11 +55,6 @@ class Segment(BaseTask):
         layer_decay = optimizers.scale_by_layer(spec.depth, config.optim.layer_decay)
         self.optimizer = optax.chain(self.optimizer, layer_decay)
         self.train_flops_per_image = flops.train_flops(flops.segmenter_forward_macs(self.model))
-        self.evaluated = {
-            "stride": config.segment.stride,
-            "scales": tuple(config.segment.eval_scales),
-            "flip": config.segment.eval_flip,
-        }
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
@@ -82,7 +77,6 @@ class Segment(BaseTask):
         examples = jax.lax.with_sharding_constraint(examples, batch_sharding(self.mesh))
 
         def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
-            params, statistics = without_statistics(weights)
             path_scale = None
             if self.drop_path:
                 path_scale = drop_path_scale(
@@ -90,7 +84,7 @@ class Segment(BaseTask):
                 )
             x = self.normalized(examples["image"], examples["size"])
             (logits, auxiliary), seen = self.trained.apply(
-                {"params": params, "statistics": statistics},
+                segmenter_variables(weights),
                 *(x, path_scale, examples["dropout_key"]),
                 mutable=["batch"],
             )
@@ -105,23 +99,21 @@ class Segment(BaseTask):
         )
         return state.replace(frozen={"statistics": moved}), metrics
 
-    def logits(self, state: TrainState, images: jax.Array, size: jax.Array) -> jax.Array:
-        """Logits [B, H / 4, W / 4, classes] float32 of windows [B, H, W, C] uint8."""
+    def windows_logits(self, state: TrainState, images: jax.Array, size: jax.Array) -> jax.Array:
+        """Logits [B, s, s', classes] float32 of windows [B, H, W, C] uint8 that show something in
+        their upper left, `size` [B, 2]; a quarter of a patch each."""
         weights = gather_params(state.weights, self.mesh, self.encoder.dtype)
-        params, statistics = without_statistics(weights)
-        variables = {"params": params, "statistics": statistics}
-        return self.model.apply(variables, self.normalized(images, size))[0]
+        return self.model.apply(segmenter_variables(weights), self.normalized(images, size))[0]
 
     def evaluation(
         self, inputs: Splits, writer: MetricsWriter, shardings: Any, max_batches: int
     ) -> SegmentationEvaluation:
         """Sliding windows over whole pictures; mIoU over the split."""
-        where = (writer, shardings, max_batches)
-        return SegmentationEvaluation(self, inputs, *where, **self.evaluated)
+        return SegmentationEvaluation(self, inputs, writer, shardings, max_batches)
 
     def draw_inputs(self, data: Splits, workdir: epath.Path) -> None:
-        """Training crops as the model sees them, under their label maps."""
-        draw_label_maps(self, data, workdir / "augmentations.png")
+        """Training crops and their label maps."""
+        draw_crops(self, data, workdir / "augmentations.png")
 
     def actions(
         self, config: ConfigDict, data: Splits, writer: MetricsWriter, workdir: epath.Path
@@ -132,10 +124,4 @@ class Segment(BaseTask):
 
     def export(self, state: TrainState, directory: epath.Path, facts: dict[str, Any]) -> None:
         """Writes encoder, pyramid and head of a host-side `state`, with a card."""
-        export_segmenter(*without_statistics(state.weights), directory, self.spec, facts)
-
-
-def without_statistics(weights: dict) -> tuple[dict, dict]:
-    """Parameters, and the running statistics of batch norm."""
-    params = {name: tree for name, tree in weights.items() if name != "statistics"}
-    return params, weights["statistics"]
+        export_segmenter(state.weights, directory, self.spec, facts)

@@ -106,7 +106,8 @@ def test_loss_gradients_and_statistics_in_training_are_those_of_beit(beit, param
         if re.search(r"fpn\.fpn.*transpose.\.bias|fpn2.bias", name):  # batch norm follows: rounding
             assert max(np.abs(a).max(), np.abs(b).max()) < 1e-6 * scale
         else:
-            E = largest_relative_difference(a, b); print("ERR", name, E, np.abs(b).max())
+            E = largest_relative_difference(a, b)
+            print("ERR", name, E, np.abs(b).max())
             assert E < 1e-4, name
     for name, old in before.items():
         moved = dict(beit.named_buffers())[name]

@@ -1,4 +1,4 @@
-"""A data set of label maps that a model can learn in seconds: rectangles, each class in a colour."""
+"""A data set of label maps that is learnt in seconds: rectangles, each class in a colour."""
 
 import numpy as np
 from PIL import Image

@@ -44,8 +44,7 @@ def data(tmp_path_factory):
 
 
 def command(workdir, data, **fields):
-    fields = {"data.dir": data, **fields}
-    return program_command(workdir, "configs/segment.py", **TINY, **fields)
+    return program_command(workdir, "configs/segment.py", **(TINY | {"data.dir": data} | fields))
 
 
 def run(workdir, data, **fields):
