@@ -1,11 +1,15 @@
 """mIoU: counted by hand, put together from windows, every picture once on any mesh."""
 
+import json
+import os
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from program import in_two_processes
 
 from mae_jax import UserError
 from mae_jax.data.record import DecodeError, LabelError, Record
@@ -193,6 +197,17 @@ def test_every_picture_counts_once_on_any_mesh(expected, devices, batch_size):
     np.testing.assert_allclose(matrix, sum(expected), atol=3)  # ties
 
 
+def test_every_picture_counts_once_in_two_processes(expected):
+    path = "PYTHONPATH=" + os.pathsep.join(sys.path)
+    result = in_two_processes(["env", path, sys.executable, __file__], devices=2)
+    assert result.returncode == 0, result.stdout
+    told = [json.loads(line.split(" ", 1)[1]) for line in result.stdout.splitlines() if "{" in line]
+    assert len(told) == 2
+    assert told[0] == told[1]
+    assert told[0]["count"] == len(SIZES)
+    np.testing.assert_allclose(told[0]["matrix"], sum(expected), atol=3)
+
+
 def test_windows_that_fit_are_of_whole_pictures(expected):
     whole = Windows(Scenes(), TRANSFORM)
     for most in (1, int(whole.first[2]), int(whole.first[3]) - 1):
@@ -267,3 +282,12 @@ def test_windows_are_cut_with_the_schema_they_tell():
         assert {k: (v.shape, v.dtype) for k, v in found.items()} == {
             name: (spec.shape, spec.dtype) for name, spec in transform.schema.items()
         }
+
+
+if __name__ == "__main__":  # one of two processes
+    from mae_jax.distributed.startup import initialize
+
+    initialize()
+    windows = Windows(Scenes(), TRANSFORM)
+    matrix, count = total_confusion(over_windows(apply, make_mesh(), 8), PARAMS, windows, threads=1)
+    print(json.dumps({"matrix": matrix.tolist(), "count": count}))
