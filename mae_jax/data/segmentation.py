@@ -90,9 +90,8 @@ class _Segment:
     ) -> np.ndarray:
         """Of a picture resized to `new` what a crop with its upper left at `corner` shows."""
         shape = cropped_size(new, corner, self.size)
-        return RESIZES[resize](
-            image, before_resizing((*corner, *shape), image.shape[:2], new), shape
-        )
+        box = before_resizing((*corner, *shape), image.shape[:2], new)
+        return RESIZES[resize](image, box, shape)
 
     def padded(self, **crops: np.ndarray) -> dict[str, np.ndarray]:
         """Crops, some smaller than `size`, with zeros (labels: `IGNORED`) right and below, and
@@ -202,9 +201,7 @@ class SegmentTrainTransform(_Segment):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.photometric and self.channels != 3:
-            what = (
-                f"photometric distortion is for colours, and pictures have {self.channels} channels"
-            )
+            what = f"pictures of {self.channels} channels have no colours to distort"
             raise UserError(f"{what}; set segment.photometric=False")
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -19,7 +19,9 @@ def open_source(
       segmentation: records are to have label maps, and the classes are those of the maps.
     """
     if not name:
-        raise UserError("data.name is empty: give `demo`, `folder` or the name of a TFDS dataset")
+        raise UserError(
+            "data.name is empty: give `demo`, `folder`, `segmentation_folder` or a TFDS set"
+        )
     # One import per kind of source: TFDS takes half a second that the others need not spend.
     if name == "demo":
         from mae_jax.data.demo import DemoSource

@@ -180,7 +180,8 @@ def find_dataset(name: str, data_dir: str) -> str:
     """
     parsed = re.fullmatch(r"([\w-]+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
     if not parsed:
-        forms = "`demo`, `folder`, or a TFDS dataset: `name`, `name:1.2.3`, `name/config[:1.2.3]`"
+        tfds_forms = "`name`, `name:1.2.3`, `name/config[:1.2.3]`"
+        forms = f"`demo`, `folder`, `segmentation_folder`, or a TFDS dataset: {tfds_forms}"
         raise UserError(f"data.name={name!r} is none of {forms}")
     dataset, config, version = parsed.groups()
     root = to_path(data_dir)

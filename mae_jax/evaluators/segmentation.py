@@ -238,7 +238,7 @@ def total_confusion(
     count = functools.partial(_count_picture, windows, skips=skips)
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     transform = WindowTransform(windows.transform)
-    results = run.over(params, windows, transform, label="evaluation", **loading)
+    results = run.over(params, windows, transform, label="evaluation, windows", **loading)
     rows = (row for x in results for row in zip(x["logits"], x["weight"], strict=True))
     stitchers = concurrent.futures.ThreadPoolExecutor(threads, "mae-jax-stitch")
     with stitchers, contextlib.closing(results):

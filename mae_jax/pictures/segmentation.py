@@ -1,6 +1,6 @@
 """Pictures of semantic segmentation: what training starts with, and what a model predicts."""
 
-import colorsys
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -31,19 +31,24 @@ from mae_jax.train.state import TrainState
 from mae_jax.train.task import Segmenting
 
 STRENGTH = 0.6  # of the colours laid over a picture
-GOLDEN = 0.618034  # turns between the hues of two classes, so that near numbers differ most
-SHADES = ((0.95, 0.9), (0.6, 1.0), (0.95, 0.6), (0.45, 0.75))  # saturation and value, in turn
+LEVELS = 8  # of red, green and blue, that colours of classes are chosen from
 
 
+@functools.cache
 def palette(classes: int) -> np.ndarray:
     """A colour for every class, the same whatever their number: uint8 [256, 3].
 
-    Those from `classes` on, `IGNORED` among them, are grey.
+    Each is as far as can be from all before it, from black, white and grey. Grey are those from
+    `classes` on, `IGNORED` among them.
     """
+    levels = np.linspace(0, 255, LEVELS).round()
+    choice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    taken = choice[:, None] - np.array([[0], [GREY], [255]])
+    distance = np.linalg.norm(taken, axis=-1).min(axis=1)  # [LEVELS ** 3], of the nearest taken
     colours = np.full((IGNORED + 1, 3), GREY, np.uint8)
     for k in range(classes):
-        rgb = colorsys.hsv_to_rgb(k * GOLDEN % 1, *SHADES[k % len(SHADES)])
-        colours[k] = np.round(np.multiply(255, rgb))
+        colours[k] = choice[distance.argmax()]
+        distance = np.minimum(distance, np.linalg.norm(choice - colours[k], axis=-1))
     return colours
 
 

@@ -7,9 +7,10 @@ from PIL import Image
 from tiny_dataset import TinyDataset
 
 from mae_jax import UserError
-from mae_jax.data.segmentation import decode_labels
+from mae_jax.data.segmentation import SegmentEvalTransform, decode_labels
 from mae_jax.data.segmentation_folder import open_segmentation_folder
 from mae_jax.data.sources import open_source
+from mae_jax.data.splits import Splits
 from mae_jax.data.transforms import decode
 
 
@@ -156,6 +157,21 @@ def test_another_label_map_is_another_identity(ade20k):
     assert open_segmentation_folder(str(ade20k), "train").identity() == before
     write(ade20k / "annotations/training/p2.png", 9, "L", (60, 40))
     assert open_segmentation_folder(str(ade20k), "train").identity() != before
+
+
+def test_another_label_map_is_another_fact(ade20k):
+    def facts():
+        source = open_segmentation_folder(str(ade20k), "train")
+        crops = SegmentEvalTransform((4, 6), 9, stride=(4, 6))
+        return Splits(source, source, crops, crops, seed=0, batch_size=1, classes=None).facts()
+
+    before = facts()
+    assert facts() == before
+    write(ade20k / "annotations/training/p1.png", 5, "L")
+    assert {key for key, value in facts().items() if value != before[key]} == {
+        "label map 0 of data.train_split",
+        "label map 0 of data.eval_split",
+    }
 
 
 def test_tfds_sets_with_label_maps(tmp_path):
