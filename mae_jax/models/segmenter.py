@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
         encoder. `dropout_keys` [B] are random keys, one an example; None is evaluation.
         """
         tokens = self.encoder(images, path_scale=path_scale)  # 4 of [B, 1 + L, D]
-        shape = (len(images), *self.encoder.grid, self.encoder.width)
+        shape = (images.shape[0], *self.encoder.grid, self.encoder.width)
         maps = [x[:, 1:].reshape(shape).astype(self.dtype) for x in tokens]  # [B, h, w, D] each
         head_keys = auxiliary_keys = None
         if dropout_keys is not None:

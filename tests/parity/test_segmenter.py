@@ -28,7 +28,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def images():
-    return images_of(TINY_SEGMENTER, 2)
+    return images_of(TINY_SEGMENTER, 4)  # fewer, and the norm of 1 x 1 cells is all rounding
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,11 @@ def test_logits_of_both_heads_are_those_of_beit_as_exported(beit, params, images
 
 
 def test_loss_gradients_and_statistics_in_training_are_those_of_beit(beit, params, images):
-    labels = np.random.default_rng(3).integers(0, 7, (2, 64, 64)).astype(np.uint8)
+    labels = np.random.default_rng(3).integers(0, 7, (4, 64, 64)).astype(np.uint8)
     labels[:, :20, :30] = 255
     variables = segmenter_variables(params)
     model = TINY_SEGMENTER.segmenter(dropout=0.0)  # transformers' heads have none
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), 4)
 
     def loss_fn(params):
         outputs, new = model.apply({"params": params}, images, None, keys, mutable=["batch"])
@@ -106,9 +106,7 @@ def test_loss_gradients_and_statistics_in_training_are_those_of_beit(beit, param
         if re.search(r"fpn\.fpn.*transpose.\.bias|fpn2.bias", name):  # batch norm follows: rounding
             assert max(np.abs(a).max(), np.abs(b).max()) < 1e-6 * scale
         else:
-            E = largest_relative_difference(a, b)
-            print("ERR", name, E, np.abs(b).max())
-            assert E < 1e-4, name
+            assert largest_relative_difference(a, b) < 1e-4, name
     for name, old in before.items():
         moved = dict(beit.named_buffers())[name]
         expected_moments = ((moved - 0.9 * old) / 0.1).numpy()

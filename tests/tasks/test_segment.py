@@ -93,9 +93,10 @@ def test_evaluate_scores_it_again_with_the_same_numbers(undisturbed, tmp_path, c
     assert "| green |" in capsys.readouterr().out
 
 
-LAYOUTS = [(8, 8, 1), pytest.param(8, 1, 8, marks=pytest.mark.slow)]
+LAYOUTS = [(8, 8, 1), (8, 1, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "axis", "fsdp"), LAYOUTS)
 def test_steps_and_statistics_do_not_depend_on_the_devices(data, devices, axis, fsdp):
     config = load_config("segment:quick")
