@@ -70,13 +70,13 @@ def load_into(
             f"{source} holds an encoder of {_encoder_words(theirs)}; the model has "
             f"{_encoder_words(model)}. Set model.variant (or model.width, .depth, .heads) to match"
         )
+    if theirs.segments:
+        _require_same_biases(theirs, model, source)
     if "norm.weight" in wanted and "norm.weight" not in checkpoint.tensors:
         raise UserError(
             f"{source}: fine-tuned on the mean token, so it has no final norm, which this model "
             "needs. Use the pretrained weights it came from, or a model with mean pooling"
         )
-    if theirs.segments:
-        _require_same_biases(theirs, model, source)
     use_decoder = parts == "all" and any(map(is_decoder, wanted)) and theirs.has_decoder
     if use_decoder:
         _require_same_decoder(theirs, model, source)

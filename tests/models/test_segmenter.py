@@ -40,12 +40,12 @@ def images():
 
 @pytest.fixture(scope="module")
 def plain(images):
-    return ViT(**SMALL).init(jax.random.key(0), images)
+    return jax.jit(ViT(**SMALL).init)(jax.random.key(0), images)
 
 
 @pytest.fixture(scope="module")
 def segmenter(images):
-    variables = SPEC.segmenter().init(jax.random.key(0), images[:1])
+    variables = jax.jit(SPEC.segmenter().init)(jax.random.key(0), images[:1])
     return shaken(variables["params"]), variables["statistics"]
 
 
@@ -77,23 +77,23 @@ def test_the_gradient_of_relative_biases_counts_pairs():
 def test_at_step_0_taps_are_the_tokens_inside_a_plain_encoder(images, plain, stacking):
     taps = (0, 0, 3, 1)
     model = ViT(**SMALL, **BEIT, taps=taps, stacking=stacking)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     for leaf in jax.tree.leaves(plain["params"]["blocks"]):  # the same names, and more
         assert any(np.array_equal(leaf, x) for x in jax.tree.leaves(params["blocks"]))
-    got = model.apply({"params": params}, images)
+    got = jax.jit(model.apply)({"params": params}, images)
     assert len(got) == 4
     for tap, tokens in zip(taps, got, strict=True):
         encoder = ViT(**SMALL | {"depth": tap + 1}, final_norm=False)
         blocks = {str(i): plain["params"]["blocks"][str(i)] for i in range(tap + 1)}
-        expected = encoder.apply({"params": {**plain["params"], "blocks": blocks}}, images)
+        expected = jax.jit(encoder.apply)({"params": {**plain["params"], "blocks": blocks}}, images)
         np.testing.assert_allclose(tokens, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("frozen", [0, 2, 4])
+@pytest.mark.parametrize("frozen", [0, 2])
 def test_every_stacking_and_remat_gives_the_same_taps_and_gradients(images, frozen):
     taps = (0, 2, 2, 3)
     how = {**BEIT, "taps": taps, "frozen_blocks": frozen}
-    params = shaken(ViT(**SMALL, **how).init(jax.random.key(0), images)["params"])
+    params = shaken(jax.jit(ViT(**SMALL, **how).init)(jax.random.key(0), images)["params"])
     path_scale = np.random.default_rng(1).uniform(0.5, 1.5, (4, 2, 8)).astype(np.float32)
 
     def run(**more):
@@ -109,7 +109,7 @@ def test_every_stacking_and_remat_gives_the_same_taps_and_gradients(images, froz
     expected = run()
     norms = {path: np.abs(x["norm1"]["scale"]).max() for path, x in expected[1]["blocks"].items()}
     assert [norms[str(i)] > 0 for i in range(4)] == [i >= frozen for i in range(4)]
-    for more in ({"stacking": "scan"}, {"remat": "full"}, {"stacking": "scan", "remat": "dots"}):
+    for more in ({"stacking": "scan"}, {"stacking": "scan", "remat": "dots"}):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
             expected,
@@ -135,7 +135,7 @@ def test_relative_biases_of_some_patches_are_refused(images):
 # The segmenter.
 
 
-def losses_and_gradients(devices, parts, fsdp, images, params, labels):
+def losses_and_gradients(devices, fsdp, images, params, labels):
     mesh = make_mesh(-1, fsdp, jax.devices()[:devices])
     model = SPEC.segmenter(axis_names=BATCH_AXES)
 
@@ -150,34 +150,35 @@ def losses_and_gradients(devices, parts, fsdp, images, params, labels):
     batch = {"image": images, "label": labels, "key": keys, "path": path}
     state = create_state(params, optax.sgd(1.0), keep_ema=False)
     state = jax.device_put(state, state_sharding(state, mesh))
-    run = jax.jit(lambda s, b: gradients(loss_fn, s, b, mesh=mesh, parts=parts))
+    run = jax.jit(lambda s, b: gradients(loss_fn, s, b, mesh=mesh))
     return jax.device_get(run(state, batch))
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (8, 4), (2, 2)])
-def test_any_number_of_devices_gives_the_loss_gradients_and_statistics_of_one(
-    devices, fsdp, images, segmenter
-):
+def test_any_number_of_devices_gives_the_loss_gradients_and_statistics_of_one(images, segmenter):
     labels = np.random.default_rng(1).integers(0, 5, (8, 8, 12)).astype(np.uint8)
     labels[:, :2] = 255
     arguments = (images, segmenter[0], labels)
-    expected = losses_and_gradients(1, 1, 1, *arguments)
-    got = losses_and_gradients(devices, 1, fsdp, *arguments)
+    expected = losses_and_gradients(1, 1, *arguments)
+    got = losses_and_gradients(8, 4, *arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), got, expected)
     assert jax.tree.structure(got[1]["batch"]) == jax.tree.structure(segmenter[1])
 
 
-@pytest.mark.parametrize("image_size", [(8, 8), (12, 12), (20, 28)])
+@pytest.mark.parametrize("image_size", [(8, 8), (12, 20)])
 def test_any_grid_in_training_and_evaluation(image_size):
     spec = dataclasses.replace(SPEC, image_size=image_size)
     model = spec.segmenter()
     images = np.random.default_rng(0).standard_normal((2, *image_size, 3), np.float32)
-    variables = model.init(jax.random.key(0), images)
-    training = model.apply(
-        {"params": variables["params"]}, images, None, jax.random.split(jax.random.key(0), 2)
-    )
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    @jax.jit
+    def run():
+        variables = model.init(jax.random.key(0), images)
+        training = model.apply({"params": variables["params"]}, images, None, keys)
+        return training, model.apply(variables, images)
+
     h, w = spec.grid
-    for logits, auxiliary in (training, model.apply(variables, images)):
+    for logits, auxiliary in run():
         assert logits.shape == (2, 4 * h, 4 * w, 5)
         assert auxiliary.shape == (2, h, w, 5)
         assert np.isfinite(logits).all()
@@ -186,8 +187,8 @@ def test_any_grid_in_training_and_evaluation(image_size):
 
 def test_logits_are_float32_of_bfloat16_products_and_near_those_in_float32(images, segmenter):
     variables = {"params": segmenter[0], "statistics": segmenter[1]}
-    exact, _ = SPEC.segmenter().apply(variables, images)
-    rough, auxiliary = SPEC.segmenter(dtype=jnp.bfloat16).apply(variables, images)
+    exact, _ = jax.jit(SPEC.segmenter().apply)(variables, images)
+    rough, auxiliary = jax.jit(SPEC.segmenter(dtype=jnp.bfloat16).apply)(variables, images)
     assert rough.dtype == auxiliary.dtype == jnp.float32
     assert np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
 
@@ -203,10 +204,10 @@ def test_evaluation_does_not_depend_on_the_other_examples(images, segmenter):
 def test_pixels_have_the_best_class_of_interpolated_logits(segmenter):
     params = {**segmenter[0], "statistics": segmenter[1]}
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3)).astype(np.uint8)
-    got = segment_function(SPEC)(params, images)
+    got = jax.jit(segment_function(SPEC))(params, images)
     assert got["logits"].shape == (2, 8, 12, 5)  # of stride 1, as patches of 4 pixels give
     np.testing.assert_array_equal(got["classes"], got["logits"].argmax(-1))
-    assert features_function(SPEC)(params, images)["tokens"].shape == (2, 7, 16)
+    assert jax.jit(features_function(SPEC))(params, images)["tokens"].shape == (2, 7, 16)
 
 
 # The loss.
