@@ -357,6 +357,11 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
     return size * 2 if len(size) == 1 else size
 
 
+def classes_without_data(config: ConfigDict) -> int:
+    """`head.classes`, or those of ImageNet or ADE20K: where no data are opened."""
+    return config.head.classes or (150 if config.task in SEGMENT else 1000)
+
+
 def segment_stride(config: ConfigDict) -> int:
     """`segment.stride`, or two thirds of the shorter side of a window (341 of 512)."""
     return config.segment.stride or max(1, min(image_size(config)) * 2 // 3)

@@ -165,7 +165,8 @@ class Planner:
         """What the step takes there."""
         config = self._config(layout)
         mesh = self._mesh(pod, layout.data, layout.fsdp)
-        task = create_task(config, self._arguments.examples, config.head.classes or 1000, mesh)
+        classes = config_lib.classes_without_data(config)
+        task = create_task(config, self._arguments.examples, classes, mesh)
         abstract = abstract_state(task.init, mesh)
         price, source = self.price(pod.chip)
         plan = Plan(

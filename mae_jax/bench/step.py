@@ -54,7 +54,7 @@ class Step:
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.batch_size = config.batch_size
         # No data is read: the number of examples only sets the length of the schedule.
-        classes = config.head.classes or 1000
+        classes = config_lib.classes_without_data(config)
         task = create_task(config, 1000 * config.batch_size, classes, mesh)
         self.flops_per_image = task.train_flops_per_image
         abstract = abstract_state(task.init, mesh)
