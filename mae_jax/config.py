@@ -424,11 +424,12 @@ def adjustments(config: ConfigDict, examples: int) -> list[str]:
     ]
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for a config that no data set and no machine could run."""
+def validate(config: ConfigDict, *, starts: bool = True) -> None:
+    """Raises UserError for a config that no data set and no machine could run, and, if it `starts`,
+    for one without the weights that its task begins with."""
     for name, value in flatten(config.to_dict()).items():
         _check_value(name, value)
-    for problem in _problems(config):
+    for problem in _problems(config, starts):
         raise UserError(problem)
 
 
@@ -462,13 +463,13 @@ def _in_range(value: float, ranges: str) -> bool:
     return False
 
 
-def _problems(config: ConfigDict) -> Iterator[str]:
+def _problems(config: ConfigDict, starts: bool) -> Iterator[str]:
     """What is wrong with fields that are each in their range."""
     task, batch, defaults = config.task, config.batch_size, flatten(default_config().to_dict())
     for name, value in flatten(config.to_dict()).items():
         if value != (default := defaults[name]) and task not in FIELDS[name].tasks:
             yield f"{name} = {value!r}: task {task} has no use for this field; leave it {default!r}"
-    if task in (*TUNE, *PROBE, *SEGMENT) and not config.init_from:
+    if starts and task in (*TUNE, *PROBE, *SEGMENT) and not config.init_from:
         recipe = " (the supervised recipe is configs/scratch.py)" * (task in TUNE)
         yield (
             f"init_from is empty, and task {task} starts from an encoder: give a workdir or a file "

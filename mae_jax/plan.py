@@ -119,7 +119,7 @@ class Planner:
 
     def __init__(self, arguments: argparse.Namespace):
         self.config, self._arguments = arguments.config, arguments
-        config_lib.validate(self.config)
+        config_lib.validate(self.config, starts=False)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
         if jax.config.jax_compilation_cache_dir:  # written without a TPU, but never read

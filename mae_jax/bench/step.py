@@ -41,7 +41,7 @@ def main(config: ConfigDict) -> None:
 
 def open_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config, found valid, on all devices or these."""
-    config_lib.validate(config)
+    config_lib.validate(config, starts=False)
     keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
