@@ -363,8 +363,13 @@ def classes_without_data(config: ConfigDict) -> int:
 
 
 def segment_stride(config: ConfigDict) -> int:
-    """`segment.stride`, or two thirds of the shorter side of a window (341 of 512)."""
-    return config.segment.stride or max(1, min(image_size(config)) * 2 // 3)
+    """`segment.stride`, or its default."""
+    return window_stride(config.segment.stride, image_size(config))
+
+
+def window_stride(stride: int, size: tuple[int, int]) -> int:
+    """Pixels from one window to the next: two thirds of its shorter side (341 of 512) for 0."""
+    return stride or max(1, min(size) * 2 // 3)
 
 
 def steps_per_epoch(config: ConfigDict, examples: int) -> int:

@@ -45,17 +45,25 @@ from jax.sharding import Mesh
 
 from mae_jax import UserError, cli
 from mae_jax import config as config_lib
+from mae_jax.data.segmentation import SegmentEvalTransform
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, place, replicate
 from mae_jax.distributed.sharding import shardings_of
 from mae_jax.evaluators import robustness as benchmarks
 from mae_jax.evaluators.over_split import OverSplit, means
+from mae_jax.evaluators.segmentation import (
+    Windows,
+    by_class,
+    over_windows,
+    scores,
+    total_confusion,
+)
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.class_names import require_same_classes
 from mae_jax.main import prepare
 from mae_jax.models.classifier import classification_sums
-from mae_jax.models.inference import classify_function
+from mae_jax.models.inference import classify_function, window_function
 from mae_jax.storage.checkpoints import read_newest
 from mae_jax.storage.files import read_json, to_path, write_json
 from mae_jax.train.state import TrainState
@@ -105,6 +113,35 @@ def evaluate_run(workdir: str, *, data_dir: str = "", split: str = "") -> dict[s
     inputs = setup.task.inputs(setup.data, state, folder)
     setup.task.evaluation(inputs, heard, shardings, config.eval.batches)(step, state)
     return heard.told
+
+
+def pixel_scores(
+    checkpoint: Checkpoint, data: str, data_dir: str, split: str, *, batch_size: int, dtype: str
+) -> dict[str, Any]:
+    """What a segmentation model scores on a split with label maps, read as those of its training:
+    "miou", "macc", "aacc", "examples" and "classes", as a run tells them."""
+    spec, mesh = checkpoint.spec, make_mesh()
+    source = open_source(data, data_dir, split, segmentation=True)
+    where = f"{source.name}, split {source.split},"
+    if source.num_classes not in (None, spec.classes):
+        raise UserError(f"{where} has {source.num_classes} classes, the model {spec.classes}")
+    require_same_classes(spec.class_names, source.class_names, where)
+    stride = config_lib.window_stride(spec.segment_stride, spec.image_size)
+    transform = SegmentEvalTransform(
+        spec.image_size,
+        spec.classes,
+        spec.channels,
+        ignore=spec.segment_ignore,
+        zero_is_other=spec.segment_zero_is_other,
+        stride=(stride, stride),
+    )
+    run = over_windows(window_function(spec, jnp.dtype(dtype)), mesh, batch_size)
+    params = replicate(checkpoint.params(), mesh)
+    matrix, count = total_confusion(run, params, Windows(source, transform))
+    found = scores(matrix)
+    names = list(spec.class_names) or [str(k) for k in range(spec.classes)]
+    told = {name: found[name] for name in ("miou", "macc", "aacc")}
+    return {**told, "examples": count, "classes": by_class(found, names)}
 
 
 class Scorer:
@@ -187,6 +224,12 @@ def evaluate(
         benchmarks.require_present(benchmark.data, data_dir)
     open_source(benchmark.data[0], data_dir, benchmark.split)  # is it there? before work is done
     checkpoint = cli.open_weights(weights, overrides)
+    if checkpoint.spec.segments:
+        how = {"batch_size": batch_size, "dtype": dtype}
+        told = pixel_scores(checkpoint, benchmark.data[0], data_dir, benchmark.split, **how)
+        if output:
+            write_json(output, told)
+        return {**told, "markdown": told_as_table(told), "markdown_header": ""}
     crop = crop or benchmark.crop
     scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
     settings = {
@@ -339,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output=args.output,
         overrides=cli.overrides(args),
     )
-    print(f"{HEADER}\n{result['markdown']}")
+    print(f"{result['markdown_header']}\n{result['markdown']}".strip())
     if errors := result.get("corruption_errors"):
         print("corruption errors: " + ", ".join(f"{name} {e:.1f}" for name, e in errors.items()))
     if args.output:

@@ -61,9 +61,13 @@ def scores(matrix: np.ndarray) -> dict[str, Any]:
 Corner = tuple[int, int]  # top, left
 
 
-def finite(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
+def by_class(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """The "iou" and "acc" of `scores` by the names of classes; None for NaN: JSON has none."""
+    values = {
+        score: [None if math.isnan(x) else x for x in found[score].tolist()]
+        for score in ("iou", "acc")
+    }
+    return {name: {k: x[i] for k, x in values.items()} for i, name in enumerate(names)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,8 +318,6 @@ class SegmentationEvaluation:
         scalars = {f"eval/{name}": value for name, value in metrics.items()}
         self._writer.write(step, {**scalars, "eval/examples": count})
         names = inputs.eval.class_names or [str(k) for k in range(len(self.matrix))]
-        pairs = zip(names, found["iou"].tolist(), found["acc"].tolist(), strict=True)
-        classes = {name: {"iou": finite(iou), "acc": finite(acc)} for name, iou, acc in pairs}
-        self._writer.write_classes(step, classes)
+        self._writer.write_classes(step, by_class(found, names))
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logging.info("step %d: eval %s  (%d images)", step, text, count)

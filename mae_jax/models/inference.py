@@ -11,7 +11,7 @@ from mae_jax import UserError
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.mae import MAE
 from mae_jax.models.masking import Masking
-from mae_jax.models.patches import denormalize, normalize, unpatchify
+from mae_jax.models.patches import denormalize, normalize, normalize_shown, unpatchify
 from mae_jax.models.segmenter import segmenter_variables
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.upernet import resize
@@ -83,6 +83,20 @@ def segment_function(
         return {"logits": logits, "classes": jax.lax.map(best, logits)}
 
     return segment
+
+
+def window_function(
+    spec: ModelSpec, dtype: jnp.dtype = jnp.float32
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """(parameters with running `statistics`, windows [B, H, W, C] uint8, sizes [B, 2] of what each
+    shows, in its upper left) -> logits [B, 4h, 4w, K] float32 for h x w patches."""
+    model = spec.segmenter(dtype=dtype)
+
+    def logits(params: Params, images: jax.Array, size: jax.Array) -> jax.Array:
+        x = normalize_shown(images, size, spec.mean, spec.std)
+        return model.apply(segmenter_variables(params), x)[0]
+
+    return logits
 
 
 def _pooled(tokens: jax.Array) -> Features:

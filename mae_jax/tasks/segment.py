@@ -17,7 +17,7 @@ from mae_jax.distributed.sharding import gather_params
 from mae_jax.evaluators.segmentation import SegmentationEvaluation
 from mae_jax.interop.export import export_segmenter
 from mae_jax.models import flops
-from mae_jax.models.patches import normalize
+from mae_jax.models.patches import normalize_shown
 from mae_jax.models.segmenter import segmentation_loss, segmenter_variables
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import drop_path_scale
@@ -62,13 +62,6 @@ class Segment(BaseTask):
         frozen = {"statistics": variables["statistics"]}
         return create_state(variables["params"], self.optimizer, keep_ema=False, frozen=frozen)
 
-    def normalized(self, images: jax.Array, size: jax.Array) -> jax.Array:
-        """Images [B, H, W, C] uint8 as the model takes them; 0 beyond `size` [B, 2], their height
-        and width before they were padded."""
-        rows = jnp.arange(images.shape[1])[None, :, None, None] < size[:, 0, None, None, None]
-        columns = jnp.arange(images.shape[2])[None, None, :, None] < size[:, 1, None, None, None]
-        return jnp.where(rows & columns, normalize(images, self.mean, self.std), 0)
-
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         """One update; what is random depends on (seed, step, position in the global batch) only."""
         keys = self.keys(TRAIN, state.step, batch["image"])
@@ -82,7 +75,7 @@ class Segment(BaseTask):
                 path_scale = drop_path_scale(
                     examples["path_key"], self.encoder.depth, self.drop_path
                 )
-            x = self.normalized(examples["image"], examples["size"])
+            x = normalize_shown(examples["image"], examples["size"], self.mean, self.std)
             (logits, auxiliary), seen = self.trained.apply(
                 segmenter_variables(weights),
                 *(x, path_scale, examples["dropout_key"]),
@@ -103,7 +96,8 @@ class Segment(BaseTask):
         """Logits [B, s, s', classes] float32 of windows [B, H, W, C] uint8 that show something in
         their upper left, `size` [B, 2]; a quarter of a patch each."""
         weights = gather_params(state.weights, self.mesh, self.encoder.dtype)
-        return self.model.apply(segmenter_variables(weights), self.normalized(images, size))[0]
+        x = normalize_shown(images, size, self.mean, self.std)
+        return self.model.apply(segmenter_variables(weights), x)[0]
 
     def evaluation(
         self, inputs: Splits, writer: MetricsWriter, shardings: Any, max_batches: int

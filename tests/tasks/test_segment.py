@@ -175,3 +175,13 @@ def test_fields_that_do_not_go_together_are_refused(data, tmp_path):
     ):
         done = run(tmp_path, data, **fields)
         assert_refused_in_one_line(done, message)
+
+
+def test_an_export_scores_the_same_on_the_data_by_name(undisturbed, data, tmp_path):
+    weights, output = undisturbed / "export" / "segmenter.safetensors", tmp_path / "scores.json"
+    options = ["--data=segmentation_folder", f"--data_dir={data}", f"--output={output}"]
+    evaluate.main([f"--weights={weights}", *options])
+    again = json.loads(output.read_text())
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert again["classes"] == results["classes"]
+    assert again["miou"] == results["miou"]
