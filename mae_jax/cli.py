@@ -33,7 +33,7 @@ COMMANDS = {
     "results": "what supervised runs scored, and where the time of runs went",
     "report": "a page of a sweep or a run: tables beside the paper's, plots, pictures",
     "plan": "compile a recipe's step for a TPU pod that is not there",
-    "bench": "how fast the input pipeline or the step is",
+    "bench": "how fast the input pipeline, the step or the start is",
 }
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -58,7 +57,7 @@ from mae_jax.storage.processes import (
 )
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
-from mae_jax.train.ledger import Ledger, summary
+from mae_jax.train.ledger import Ledger, process_began, summary
 from mae_jax.train.loop import Action, Totals, totals_from_json, totals_to_json, train
 from mae_jax.train.metrics import MetricsWriter, evaluation_at, read_metrics
 from mae_jax.train.profiler import Profiled
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = cli.Parser("train", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of this run; an old one goes on")
-    ledger = Ledger("start")
+    ledger = Ledger("start", process_began())
     if not {"-h", "--help", "--version"} & set(sys.argv[1:] if argv is None else argv):
         startup.initialize()  # first of all: what is wrong in one process ends all
     arguments = cli.parse_recipe(parser, argv)
@@ -100,7 +99,8 @@ def run(config: ConfigDict, workdir: str, ledger: Ledger | None = None) -> None:
         fields = config_lib.flatten(config.to_dict()).items()
         alike = {name: value for name, value in fields if name not in config_lib.OF_A_HOST}
         require_same({"mae_jax": mae_jax.__version__, "jax": jax.__version__, **alike})
-        setup = in_every_process(prepare, config, folder)
+        with ledger.during("open"):
+            setup = in_every_process(prepare, config, folder)
         if jax.process_count() > 1:
             require_same(in_every_process(setup.data.facts) | setup.task.digests)
         announce(setup)
@@ -270,9 +270,11 @@ def train_and_evaluate(
         shardings = shardings_of(setup.abstract)
         evaluate = task.evaluation(inputs, writer, shardings, config.eval.batches)
         also = timer.is_over if config.checkpoint.minutes else None
+        with ledger.during("pictures"):  # what they show is read
+            of_task = task.actions(config, data, writer, setup.workdir)
         actions = [
             Action("evaluation", config.eval.every, evaluate, evaluate.compile),
-            *task.actions(config, data, writer, setup.workdir),
+            *of_task,
             # Last: then all of it is done.
             Action("save", config.checkpoint.every, save, also=also),
         ]
@@ -287,7 +289,8 @@ def train_and_evaluate(
         if start_step == total_steps:
             return state, total_steps, False
         if start_step == 0:
-            task.draw_inputs(data, setup.workdir)
+            with ledger.during("pictures"):
+                task.draw_inputs(data, setup.workdir)
         positions = mesh_lib.local_positions(config.batch_size, mesh)
         with inputs.train_batches(positions, start_step, total_steps) as host_batches:
             batches = on_devices(host_batches, task, positions)
@@ -391,6 +394,8 @@ def announce(setup: Setup) -> None:
     parts = ", ".join(f"{name} {tree_size(part):,}" for name, part in params.items())
     logging.info("parameters: %s (%s); --verbose lists them", f"{tree_size(params):,}", parts)
     if logging.level_debug():
+        from clu import parameter_overview  # its import takes as long as that of flax
+
         table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
         logging.debug("parameters:\n%s", table)
     if frozen is not None:

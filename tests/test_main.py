@@ -86,6 +86,7 @@ def test_what_runs_at_intervals_is_compiled_before_the_first_step(undisturbed):
     assert re.search(r"memory a device: step \S+, evaluation \S+, pictures \S+ GB; with", before)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
     assert run(tmp_path / "again").returncode == 0
     assert_same_run(tmp_path / "again", undisturbed)
@@ -93,6 +94,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, 
     assert losses(tmp_path / "other") != losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_restarted_the_run_ends_bit_identical(undisturbed, tmp_path):
     workdir = tmp_path / "killed"
     assert kill_at_random_moments(command(workdir, checkpoint__every=1), workdir, KILLS) > 0
@@ -163,6 +165,7 @@ def damage_checkpoints(workdir):
         (step / "record" / "metadata").write_text("{")
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_checkpoints_never_starts_over(undisturbed, tmp_path):
     """However often it is tried, whatever befell them, and nothing is erased."""
     metrics = (undisturbed / "metrics.jsonl").read_text()
@@ -217,6 +220,7 @@ def test_a_finished_run_started_again_trains_no_further(undisturbed):
     assert losses(undisturbed) == before
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_the_weights_of_another(undisturbed, tmp_path):
     # A learning rate of nothing: what comes out is what went in.
     still = {"optim__base_lr": 1e-30, "optim__weight_decay": 0.0, "steps": 3}

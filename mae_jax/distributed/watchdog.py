@@ -15,7 +15,7 @@ from mae_jax.distributed import fate, stopping
 from mae_jax.storage.files import write_atomically
 
 # Phases of the time ledger in which nothing counts progress: they are given so many times longer.
-PATIENCE = {"start": 3, "restore": 3, "compile": 3, "save": 3}
+PATIENCE = {"start": 3, "open": 3, "restore": 3, "compile": 3, "save": 3}
 
 
 @contextlib.contextmanager

@@ -293,6 +293,7 @@ class Blocks(nn.Module):
             prevent_cse = self.stacking == "unrolled"
             run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
         if self.stacking == "unrolled":
+            run = jax.jit(run, inline=True)  # traced once for all; the program is the same
             for i, p in enumerate(params):
                 x = run(x, p, None if path_scale is None else path_scale[i])
             return x

@@ -11,7 +11,7 @@ from mae_jax.planning.program import Program
 
 # Of a plan's figures in JSON, by whether those of a step that does not fit are null.
 ALWAYS = ("steps", "state_bytes", "peak_bytes", "decode_ms", "cores_per_host", "price")
-ALWAYS += ("price_source", "advice", "compile_seconds", "modelled_from")
+ALWAYS += ("decodable_per_host", "price_source", "advice", "compile_seconds", "modelled_from")
 WHERE_IT_FITS = ("compute_seconds", "communication_seconds", "collective_bytes", "mfu", "hours")
 WHERE_IT_FITS += ("chip_hours", "dollars", "images_per_second", "images_per_second_per_host")
 WHERE_IT_FITS += ("cores_needed_per_host", "starves", "hours_with_data")
@@ -122,6 +122,15 @@ class Plan:
     def cores_per_host(self) -> float:
         """Of a host, as its virtual CPUs are counted."""
         return self.pod.chip.vcpus * min(1, self.pod.chips_a_slice / CHIPS_A_HOST)
+
+    def decodable(self, cores: float) -> float:
+        """Images/s that so many cores decode when they do nothing else."""
+        return cores * 1e3 / self.decode_ms
+
+    @property
+    def decodable_per_host(self) -> float | None:
+        """The same of all that a host has."""
+        return self.decodable(self.cores_per_host) if self.decode_ms else None
 
     @property
     def starves(self) -> bool:

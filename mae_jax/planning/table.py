@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from mae_jax.planning.chips import GIB
 from mae_jax.planning.figures import TIGHT, Plan
 
+# Of machines with TPUs, as virtual CPUs are counted: v5e; v6e; v5e with eight chips, tpu7x.
+HOSTS_CORES = (112, 180, 224)
+
 
 def describe(plan: Plan) -> str:
     """One plan, from what it is of to what it takes."""
@@ -96,7 +99,9 @@ def _data(plan: Plan) -> list[str]:
     need, have = plan.cores_needed_per_host, plan.cores_per_host
     rows = [
         f"each host decodes {plan.images_per_second_per_host:,.0f} images/s: {amount(need)} of "
-        f"its {have:.0f} cores at {plan.decode_ms:g} CPU-ms an image (measure yours: `bench data`)"
+        f"its {have:.0f} cores at {plan.decode_ms:g} CPU-ms an image (measure yours: `bench data`)",
+        f"all {have:.0f} decode {amount(plan.decodable_per_host)} images/s; hosts of "
+        + ", ".join(f"{cores} {amount(plan.decodable(cores))}" for cores in HOSTS_CORES),
     ]
     if plan.starves:
         rows.append(

@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import os
+import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +22,9 @@ PHASES = {  # in the order shown
     "step": "training steps, each once",
     "repeated": "steps made again, as the start that made them first did not save them",
     "data": "devices without work until a batch is there",
-    "start": "data opened, pictures of inputs, whatever is not below",
+    "imports": "Python and its packages, before the first line of ours",
+    "open": "data opened and looked at, the task built",
+    "start": "other processes joined, whatever is not below",
     "restore": "weights drawn, loaded, or read from a checkpoint",
     "features": "computed and kept for linear probing",
     "compile": "programs",
@@ -37,16 +41,23 @@ class Ledger:
     """Seconds by phase. Phases nest; time counts for the innermost.
 
     From `resume` on process 0 keeps them in the workdir, with those of earlier starts. Others, and
-    runs without a workdir, count for themselves.
+    runs without a workdir, count for themselves. `began`: when its process did, in seconds since
+    1970; what is before now counts as imports.
     """
 
-    def __init__(self, phase: str):
+    def __init__(self, phase: str, began: float | None = None):
         self.step = self.repeated = self._furthest = 0
         self.seconds: collections.Counter[str] = collections.Counter()
         self._starts, self._path = 1, None
         self._phases = [phase]
         self._began, self._since = time.time(), time.perf_counter()
+        if began is not None:
+            self.seconds["imports"] = self._began - began
+            self._began = began
         self._first_began = self._began
+        self._before: collections.Counter[str] = collections.Counter()  # of earlier starts
+        self._to_first_step: dict[str, float] = {}
+        self._cpu_to_first_step = 0.0
 
     @property
     def phase(self) -> str:
@@ -80,6 +91,13 @@ class Ledger:
                 self.count()
         self.step = step
 
+    def made_first_step(self) -> None:
+        """The first step of this start has ended: what it took to come here is kept."""
+        self.count()
+        self._to_first_step = dict(self.seconds - self._before)
+        self._cpu_to_first_step = sum(os.times()[:2])
+        self.write()
+
     def count(self) -> None:
         """Adds the time since the last call to its phase."""
         now = time.perf_counter()
@@ -99,8 +117,11 @@ class Ledger:
             logging.warning("the run's time is counted anew: %s", error)
             before = None
         if before is not None:
+            self._before.update(before["seconds"])
             self.seconds.update(before["seconds"])
-            self.seconds["away"] += max(0.0, self._began - before["until"])
+            away = max(0.0, self._began - before["until"])
+            self.seconds["away"] += away
+            self._before["away"] += away
             self.repeated, self._furthest = before["steps_repeated"], before["step"]
             self._starts, self._first_began = before["starts"] + 1, before["began"]
         self.write()
@@ -123,8 +144,24 @@ class Ledger:
             "total_steps": self._total_steps,
             "steps_repeated": self.repeated,
             "goodput": goodput,
-            "seconds": {name: self.seconds[name] for name in PHASES if self.seconds[name]},
+            "to_first_step": _in_order(self._to_first_step),  # of the newest start, as the next
+            "cpu_to_first_step": self._cpu_to_first_step,  # user and system, of this process
+            "seconds": _in_order(self.seconds),
         }
+
+
+def process_began() -> float | None:
+    """When this process began, in seconds since 1970; None where the system does not tell."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return time.time() - up + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _in_order(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: seconds[name] for name in PHASES if seconds.get(name)}
 
 
 def read_times(workdir: PathLike) -> dict[str, Any] | None:

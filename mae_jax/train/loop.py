@@ -24,8 +24,8 @@ class Totals(NamedTuple):
 
 def zero_totals(names: Iterable[str]) -> Totals:
     """Totals of no steps."""
-    sums = {name: jnp.float32(0) for name in names}
-    return Totals(sums, count=jnp.int32(0), bad_step=jnp.int32(-1))
+    sums = {name: np.float32(0) for name in names}  # of JAX each would be a program of its own
+    return Totals(sums, count=np.int32(0), bad_step=np.int32(-1))
 
 
 def add_totals(totals: Totals, metrics: Metrics, step: jax.Array) -> Totals:
@@ -115,7 +115,7 @@ def train(
     previous: jax.Array | None = None
     pending: tuple[Totals, int, int, float, float] | None = None
     totals = place_totals(begun or zero_totals(metric_names))
-    newest = start_step  # that was reported, or was there before
+    newest, first = start_step, start_step + 1  # newest: that was reported, or was there before
 
     def spent() -> tuple[float, float]:
         """Seconds so far without actions, and of them those of waiting for data."""
@@ -151,6 +151,9 @@ def train(
                 previous.block_until_ready()
             previous = totals.count
             ledger.advance(done)
+            if done == first:
+                previous.block_until_ready()
+                ledger.made_first_step()
             bar.advance()
 
             if done % log_every == 0 or last:

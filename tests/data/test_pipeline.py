@@ -270,6 +270,7 @@ def test_a_transform_may_make_several_arrays_of_a_record(workers):
     assert batch["mask"].dtype == bool
 
 
+@pytest.mark.slow
 def test_a_worker_holds_no_batch():
     def most_held(batch_size):
         """MB that are a worker's own, the most at any time."""

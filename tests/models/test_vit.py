@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mae_jax.models import vit
 from mae_jax.models.attention import attention
 from mae_jax.models.masking import sample_masking
 from mae_jax.models.spec import ModelSpec
@@ -200,3 +201,19 @@ def test_initial_weights_have_the_reference_bounds():
         np.testing.assert_allclose(np.std(tensor), bound / np.sqrt(3), rtol=0.05)
     assert not block["attn"]["qkv"]["bias"].any()
     np.testing.assert_allclose(np.std(params["cls_token"]), 0.02, rtol=0.1)
+
+
+def test_equal_blocks_are_traced_once(monkeypatch):
+    calls, attend = [], vit.attention
+
+    def counted(*factors):
+        calls.append(factors[0].shape)
+        return attend(*factors)
+
+    model = Blocks(depth=5, heads=2, dtype=jnp.float32)
+    x = jnp.ones((2, 3, 8))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    monkeypatch.setattr(vit, "attention", counted)
+    text = jax.jit(model.apply).lower(variables, x).as_text()
+    assert len(calls) == 1
+    assert text.count("stablehlo.exponential") == 5  # and the program still has each of them

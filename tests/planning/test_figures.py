@@ -20,6 +20,7 @@ def test_figures_of_a_run_by_hand():
     assert figures["dollars"] == pytest.approx(960)
     assert figures["images_per_second_per_host"] == pytest.approx(4096 / 0.2 / 64)
     assert figures["cores_needed_per_host"] == pytest.approx(320 * 4e-3)
+    assert figures["decodable_per_host"] == pytest.approx(112 / 4e-3)
     assert figures["collective_bytes"] == 1_000_000
     assert (figures["peak_bytes"], figures["available_bytes"]) == (10 * GIB, round(15.75 * GIB))
     assert json.loads(json.dumps(figures)).keys() == figures.keys()
@@ -49,6 +50,7 @@ def test_a_person_reads_what_fits_and_what_it_takes():
         "36,000 steps: 2.5 h, 640 chip-hours",
         "$960 at $1.5 a chip-hour (as given): an estimate",
         "each host decodes 320 images/s: 1.28 of its 112 cores at 4 CPU-ms an image",
+        "all 112 decode 28,000 images/s; hosts of 112 28,000, 180 45,000, 224 56,000",
     ):
         assert line in text
     rows = [line.split() for line in text.splitlines() if line.startswith("encoder MLP")]

@@ -75,6 +75,30 @@ def test_the_phases_of_all_starts_add_up_to_the_time_since_the_first(tmp_path, c
     assert times["goodput"] == 10 / 174
 
 
+def test_what_came_before_the_first_step_is_told_of_the_newest_start(tmp_path, clock):
+    start(tmp_path, clock, 0, 6)
+    clock(100)
+    ledger = Ledger("start", began=1000.0 + 3 + 6 + 2 + 100 - 7)  # 7 s before this line
+    with ledger.during("restore"):
+        ledger.resume(tmp_path, 6, 10)
+        clock(5)
+    with ledger.during("step"):
+        clock(2)
+        ledger.made_first_step()
+        clock(50)
+    ledger.close()
+    times = read_times(tmp_path)
+    assert times["to_first_step"] == {"imports": 7, "restore": 5, "step": 2}
+    assert times["cpu_to_first_step"] > 0
+    assert times["seconds"]["away"] == 93
+    assert sum(times["seconds"].values()) == times["until"] - times["began"]
+
+
+def test_a_process_knows_when_it_began():
+    began = module.process_began()
+    assert began is None or 0 < module.time.time() - began < 24 * 3600
+
+
 def test_a_run_goes_on_counting_where_its_figures_were_damaged(tmp_path, clock, caplog):
     (tmp_path / "time.json").write_text("{")
     start(tmp_path, clock, 4, 10)
@@ -115,7 +139,7 @@ def test_the_loop_tells_steps_waiting_and_actions_apart(clock):
         jax.numpy.int32(0),
         batches(),
         metric_names=("loss",),
-        place_totals=jax.block_until_ready,
+        place_totals=jax.device_put,
         start_step=0,
         total_steps=4,
         log_every=2,
