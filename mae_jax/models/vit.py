@@ -119,29 +119,22 @@ def relative_bias(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
     The table [(2H-1)(2W-1) + 3, heads] is BEiT's (arXiv 2106.08254): row (dy + H - 1) (2W - 1) +
     (dx + W - 1) for a query dy rows below and dx columns right of its key; the last three are of
     the class token as query, as key, and as both.
+
+    The biases of a query are one slice of those by distance, once columns are sorted: no gather,
+    whose gradient would be a scatter of L^2 rows, and long rows, which accelerators do not pad.
     """
-    h, w = grid
-    of_patches = table[:-3].reshape(2 * h - 1, 2 * w - 1, -1)  # [2H-1, 2W-1, heads]
-    x = _by_difference(of_patches, h)  # [H, H, 2W-1, heads]
-    x = _by_difference(x.transpose(2, 0, 1, 3), w)  # [W, W, H, H, heads]
-    x = x.transpose(4, 2, 0, 3, 1).reshape(-1, h * w, h * w)  # [heads, L, L]
+    (h, w), heads = grid, table.shape[1]
+    x = table[:-3].reshape(2 * h - 1, 2 * w - 1, heads)[::-1, ::-1]  # by key minus query
+    x = x.transpose(2, 0, 1)  # [heads, 2H-1, 2W-1]
+    x = jnp.stack([x[:, :, w - 1 - i : 2 * w - 1 - i] for i in range(w)], axis=1)
+    x = x.reshape(heads, w, (2 * h - 1) * w)  # by column of the query; distance in rows and column
+    x = jnp.stack([x[:, :, (h - 1 - i) * w : (2 * h - 1 - i) * w] for i in range(h)], axis=1)
+    x = x.reshape(heads, h * w, h * w)
     as_query, as_key, as_both = (table[i][:, None, None] for i in (-3, -2, -1))
-    as_query = jnp.broadcast_to(as_query, (len(x), 1, h * w))
-    as_key = jnp.broadcast_to(as_key, (len(x), h * w, 1))
+    as_query = jnp.broadcast_to(as_query, (heads, 1, h * w))
+    as_key = jnp.broadcast_to(as_key, (heads, h * w, 1))
     first = jnp.concatenate([as_both, as_query], axis=2)  # [heads, 1, 1 + L]
     return jnp.concatenate([first, jnp.concatenate([as_key, x], axis=2)], axis=1)
-
-
-def _by_difference(x: jax.Array, size: int) -> jax.Array:
-    """x [2n-1, ...] by difference i - j + n - 1 -> [n, n, ...] by i and j.
-
-    Copies of x, each a row longer than the next step through them, come to lie shifted: what
-    indexing does too, but its gradient would be a scatter of L^2 rows, slow on accelerators.
-    """
-    longer = jnp.concatenate([x[::-1], x[:1]])  # [2n, ...]
-    copies = jnp.broadcast_to(longer, (size, *longer.shape)).reshape(-1, *x.shape[1:])
-    shifted = copies[: size * (2 * size - 1)].reshape(size, *x.shape)  # [n, 2n-1, ...]
-    return shifted[:, size - 1 :]
 
 
 class Attention(nn.Module):
