@@ -20,10 +20,10 @@ from mae_jax.pictures.grids import (
     GREY,
     LINE,
     MIN_SIDE,
-    _fitting,
-    _sheet,
-    _short,
+    fitting,
     image_grid,
+    sheet_of,
+    short_name,
 )
 from mae_jax.pictures.in_training import Drawing
 from mae_jax.storage.files import write_png
@@ -71,7 +71,7 @@ def _legend(
     for number, k in enumerate(shown):
         y, square = number * LINE, LINE - GAP
         draw.rectangle((0, y, square, y + square), fill=tuple(map(int, colours[k])))
-        draw.text((LINE, y), _fitting(names[k], size[1] - LINE), fill=BLACK, font=FONT)
+        draw.text((LINE, y), fitting(names[k], size[1] - LINE), fill=BLACK, font=FONT)
     if len(shown) < len(present):
         text = f"and {len(present) - len(shown)} more"
         draw.text((LINE, len(shown) * LINE), text, fill=FAINT, font=FONT)
@@ -113,10 +113,10 @@ def segmentation_grid(
         "": np.stack(legends),
     }
     lines = [
-        [[(f"{_short(name)}   {share:.1%} of the pixels right", BLACK)]]
+        [[(f"{short_name(name)}   {share:.1%} of the pixels right", BLACK)]]
         for name, share in zip(names, right, strict=True)
     ]
-    return _sheet(np.stack([*shown.values()], axis=1), lines, title=title, columns=tuple(shown))
+    return sheet_of(np.stack([*shown.values()], axis=1), lines, title=title, columns=tuple(shown))
 
 
 def draw_segmentations(

@@ -59,12 +59,12 @@ def test_colours_differ_and_do_not_depend_on_the_number_of_classes():
 def test_a_sheet_shows_labels_predictions_and_how_many_pixels_are_right(monkeypatch):
     sheets = []
     monkeypatch.setattr(
-        segmentation, "_sheet", lambda *args, **kwargs: sheets.append((args, kwargs))
+        segmentation, "sheet_of", lambda *args, **kwargs: sheets.append((args, kwargs))
     )
     texts = []
-    fitting = segmentation._fitting
+    fitting = segmentation.fitting
     monkeypatch.setattr(
-        segmentation, "_fitting", lambda text, room: texts.append(text) or fitting(text, room)
+        segmentation, "fitting", lambda text, room: texts.append(text) or fitting(text, room)
     )
     arrays, names = splits().example_arrays(Scenes(), 2)
     found = np.where(arrays["segmentation"] == IGNORED, 2, arrays["segmentation"])
@@ -92,9 +92,9 @@ def test_a_sheet_shows_labels_predictions_and_how_many_pixels_are_right(monkeypa
 def test_a_legend_that_is_too_long_says_how_many_it_leaves_out(monkeypatch):
     labels = np.arange(30, dtype=np.uint8).repeat(30).reshape(30, 30)
     texts = []
-    fitting = segmentation._fitting
+    fitting = segmentation.fitting
     monkeypatch.setattr(
-        segmentation, "_fitting", lambda text, room: texts.append(text) or fitting(text, room)
+        segmentation, "fitting", lambda text, room: texts.append(text) or fitting(text, room)
     )
     legend = segmentation._legend(
         labels, (90, 90), segmentation.palette(30), [*map(str, range(30))]
