@@ -19,9 +19,8 @@ _PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
 def read_workdir(workdir: epath.Path) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
-    """The newest whole checkpoint of a run: parameters (averages where kept, frozen ones too, batch
-    norm absorbed into a probe's head, the running `statistics` of a segmenter among them),
-    description, facts for a card, notes."""
+    """The newest whole checkpoint of a run: parameters (averages where kept, frozen ones and running
+    statistics too, batch norm absorbed into a probe's head), description, facts for a card, notes."""
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
     if config.get("task") == "tokenizer":
@@ -30,9 +29,7 @@ def read_workdir(workdir: epath.Path) -> tuple[Params, ModelSpec, dict[str, Any]
     params = state["ema" if averaged else "params"]
     params = unflatten_dict({**flatten_dict(params), **flatten_dict(state["frozen"] or {})})
     statistics = state["statistics"] or (state["extra"] or {}).get("statistics")
-    if statistics and config.get("task") == "segment":
-        params = {**params, "statistics": statistics}
-    elif statistics:
+    if statistics:
         params = jax.tree.map(np.asarray, probe_params(params, statistics))
     facts = {
         "task": config.get("task", "pretrain"),
