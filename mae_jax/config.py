@@ -12,7 +12,7 @@ import runpy
 import textwrap
 import traceback
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -28,7 +28,7 @@ from mae_jax.models.targets import TARGETS
 from mae_jax.models.targets.base import LOSSES, Target
 from mae_jax.models.targets.hog import CELL
 from mae_jax.models.vit import REMAT_POLICIES, VARIANTS
-from mae_jax.train.optimizers import OPTIMIZERS, hyperparameters
+from mae_jax.train.optimizers import OPTIMIZERS, SCHEDULES, hyperparameters
 
 # Module and class in `tasks/`.
 TASKS = {
@@ -37,16 +37,22 @@ TASKS = {
     "scratch": "finetune.Finetune",
     "linear_probe": "linear_probe.LinearProbe",
     "tokenizer": "tokenizer.Tokenizer",
+    "segment": "segment.Segment",
 }
 MAE = ("pretrain",)
 TUNE = ("finetune",)
 CLASSIFY = ("finetune", "scratch")
 PROBE = ("linear_probe",)
 DVAE = ("tokenizer",)
+SEGMENT = ("segment",)
 LABELS = (*CLASSIFY, *PROBE)
-STARTS = (*MAE, *TUNE, *PROBE)  # from weights
-VIT = (*MAE, *CLASSIFY, *PROBE)
-WHOLE = (*MAE, *CLASSIFY, *DVAE)  # models, not a head alone
+SUPERVISED = (*LABELS, *SEGMENT)
+STARTS = (*MAE, *TUNE, *PROBE, *SEGMENT)  # from weights
+VIT = (*MAE, *SUPERVISED)
+TUNED = (*CLASSIFY, *SEGMENT)  # encoders, with labels
+CROPS = (*MAE, *LABELS, *DVAE)  # of one size from anywhere in a picture
+AVERAGED = (*MAE, *CLASSIFY, *DVAE)
+WHOLE = (*AVERAGED, *SEGMENT)  # models, not a head alone
 DTYPES = ("float32", "bfloat16")
 ANY = ()
 
@@ -102,7 +108,7 @@ FIELDS = {
     # bfloat16 here and in optim.reduce_dtype takes 8 % fewer cycles and as much memory (`plan`:
     # ViT-L, 512 images on v5e:4x4), and the latents' error doubles (9.5e-3 for 4.9e-3).
     "model.residual_dtype": Field("float32", DTYPES, "of activations between blocks", VIT),
-    "model.drop_path": Field(0.0, "[0, 1)", "of the last block, falling to 0 below it", CLASSIFY),
+    "model.drop_path": Field(0.0, "[0, 1)", "of the last block, falling to 0 below it", TUNED),
     "decoder.kind": Field("blocks", DECODERS, "linear: one layer on the encoder's tokens", MAE),
     "decoder.depth": Field(8, "[1, inf)", "blocks", MAE),
     "decoder.width": Field(512, "[1, inf)", "of its tokens", MAE),
@@ -124,10 +130,22 @@ FIELDS = {
     "mask.invalid": Field(-1, "-1 or [0, 255]", "pixels without data; -1: there are none", MAE),
     # mean: of the patch tokens, then a new norm; cls: the class token, after the encoder's norm.
     "head.pool": Field("mean", tuple(POOLS), "what the head reads", LABELS),
-    "head.classes": Field(0, "[0, inf)", "0: as many as the data set has", LABELS),
+    "head.classes": Field(0, "[0, inf)", "0: as many as the data set has", SUPERVISED),
     "head.init_std": Field(2e-5, "(0, inf)", "of its random start", LABELS),
     # Examples that share batch-norm statistics: the reference's 512 of one GPU.
     "head.norm_group": Field(512, "[0, inf)", "examples normalised together; 0: all", PROBE),
+    # Semantic segmentation by UperNet. Taps: after which blocks, counted from 0, the pyramid reads;
+    # -1: a third, half, two thirds and all of the way, which is 3,5,7,11 of B and 7,11,15,23 of L.
+    "segment.taps": Field((-1,), "-1 or [0, inf)", "four blocks that the pyramid reads", SEGMENT),
+    "segment.width": Field(0, "[0, inf)", "channels of UperNet; 0: the encoder's width", SEGMENT),
+    "segment.ignore": Field(255, "-1 or [0, 255]", "label left out; -1: none", SEGMENT),
+    "segment.zero_is_other": Field(True, ANY, "label 0 is left out, 1 is class 0", SEGMENT),
+    "segment.scale": Field((0.5, 2.0), "(0, inf)", "of the short side, over the crop's", SEGMENT),
+    "segment.photometric": Field(True, ANY, "brightness, contrast and hue distorted", SEGMENT),
+    # Of evaluation. Two thirds are BEiT's 341 of 512; mmsegmentation's MAE has 256.
+    "segment.stride": Free(0, "[0, inf)", "pixels between windows; 0: two thirds", SEGMENT),
+    "segment.eval_scales": Free((1.0,), "(0, inf)", "averaged over, as 0.5,1,1.5", SEGMENT),
+    "segment.eval_flip": Free(False, ANY, "averaged with the mirrored picture", SEGMENT),
     "augment.randaugment": Field("", ANY, "timm's notation, as rand-m9-mstd0.5-inc1", CLASSIFY),
     # Brightness, contrast and saturation by up to 1 - s to 1 + s, hue by s / 4 of its circle.
     "augment.color_jitter": Field(0.0, "[0, 2]", "strength s; 0: none, 0.4 is usual", MAE),
@@ -149,15 +167,18 @@ FIELDS = {
         "random_resized",
         ("random_resized", "single_try", "fixed", "centre"),
         "of training pictures",
+        CROPS,
     ),
-    "data.scale": Field((0.2, 1.0), "(0, 1]", "area of the crop: lowest,highest"),
-    "data.ratio": Field((3 / 4, 4 / 3), "(0, inf)", "aspect of the crop: lowest,highest"),
+    "data.scale": Field((0.2, 1.0), "(0, 1]", "area of the crop: lowest,highest", CROPS),
+    "data.ratio": Field((3 / 4, 4 / 3), "(0, inf)", "aspect of the crop: lowest,highest", CROPS),
     # Pillow's bicubic; or OpenCV's, blurrier, in half the CPU time.
     "data.resize": Field("exact", ("exact", "fast"), "of training pictures"),
     "data.flip": Field(True, ANY, "left to right, every other picture"),
     # An epoch stays len(split) crops, of len(split) / repeat pictures.
     "data.repeat": Field(1, "[1, inf)", "crops of a decoded picture, each counted", MAE),
-    "data.eval_crop": Field(0.0, "[0, 1]", "of the resized side; 0: 224/256 up to 224 px, else 1"),
+    "data.eval_crop": Field(
+        0.0, "[0, 1]", "of the resized side; 0: 224/256 up to 224 px, else 1", CROPS
+    ),
     "data.mean": Field((0.485, 0.456, 0.406), "(-inf, inf)", "of the channels, pixels in [0, 1]"),
     "data.std": Field((0.229, 0.224, 0.225), "(0, inf)", "of the channels, pixels in [0, 1]"),
     # windowed, for buckets: records side by side are read at once; see mae_jax/data/order.py.
@@ -171,19 +192,20 @@ FIELDS = {
     "optim.name": Field("", ("", *OPTIMIZERS), "empty: lars for linear probing, else adamw"),
     "optim.reduce_dtype": Field("float32", DTYPES, "of gradients summed over devices", WHOLE),
     "optim.base_lr": Field(1.5e-4, "(0, inf)", "learning rate = base_lr * batch_size / 256"),
+    "optim.schedule": Field("cosine", SCHEDULES, "of the learning rate after its warm-up"),
     "optim.min_lr": Field(0.0, "[0, inf)", "learning rate at the end"),
     "optim.warmup_epochs": Field(40.0, "[0, inf)", "in which the learning rate rises from 0"),
     "optim.warmup_steps": Field(0, "[0, inf)", "more than 0: in place of warmup_epochs"),
     "optim.b1": Field(0.9, "[0, 1)", "AdamW: decay of the gradients' mean"),
     "optim.b2": Field(0.95, "[0, 1)", "AdamW: decay of the mean of their squares"),
     "optim.eps": Field(1e-8, "[0, inf)", "AdamW: added to the root of that mean"),
-    "optim.layer_decay": Field(1.0, "(0, 1]", "of the rate, block by block downwards", CLASSIFY),
+    "optim.layer_decay": Field(1.0, "(0, 1]", "of the rate, block by block downwards", TUNED),
     "optim.momentum": Field(0.9, "[0, 1)", "of LARS"),
     "optim.trust": Field(0.001, "(0, inf)", "coefficient of LARS"),
     "optim.weight_decay": Field(0.05, "[0, inf)", "of matrices; vectors have none"),
     "optim.clip_norm": Field(0.0, "[0, inf)", "largest norm of the gradient; 0: any"),
     "optim.accumulate": Free(1, "[1, inf)", "gradient accumulation: parts the batch is run in"),
-    "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", WHOLE),
+    "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", AVERAGED),
     "mesh.data": Free(-1, "-1 or [1, inf)", "ways to split the batch; -1: what fsdp leaves"),
     "mesh.fsdp": Free(1, "-1 or [1, inf)", "ways to split batch and state; -1: a slice"),
     # A folder or bucket. Empty: JAX_COMPILATION_CACHE_DIR, or mae_jax/compiled in ~/.cache.
@@ -231,6 +253,17 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Nested fields as {"optim.base_lr": value}; tuples as lists, as JSON gives them back."""
     flat = flatten_dict(tree, sep=".")
     return {k: list(value) if isinstance(value, tuple) else value for k, value in flat.items()}
+
+
+def from_json(saved: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run from what its record or config.json holds; fields that are younger than
+    the run have their defaults. UserError: a field that this version does not know."""
+    config = default_config()
+    for name, value in flatten(saved).items():
+        many = isinstance(_field(name).default, tuple)
+        entries = value if isinstance(value, list) else [value]
+        config.update_from_flattened_dict({name: tuple(entries) if many else value})
+    return config
 
 
 def differing_fields(saved: dict[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -324,6 +357,21 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
     return size * 2 if len(size) == 1 else size
 
 
+def classes_without_data(config: ConfigDict) -> int:
+    """`head.classes`, or those of ImageNet or ADE20K: where no data are opened."""
+    return config.head.classes or (150 if config.task in SEGMENT else 1000)
+
+
+def segment_stride(config: ConfigDict) -> int:
+    """`segment.stride`, or its default."""
+    return window_stride(config.segment.stride, image_size(config))
+
+
+def window_stride(stride: int, size: tuple[int, int]) -> int:
+    """Pixels from one window to the next: two thirds of its shorter side (341 of 512) for 0."""
+    return stride or max(1, min(size) * 2 // 3)
+
+
 def steps_per_epoch(config: ConfigDict, examples: int) -> int:
     """Whole batches in the training split, at least one (312 for ImageNet at 4096)."""
     return max(1, examples // config.batch_size)
@@ -381,11 +429,12 @@ def adjustments(config: ConfigDict, examples: int) -> list[str]:
     ]
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for a config that no data set and no machine could run."""
+def validate(config: ConfigDict, *, starts: bool = True) -> None:
+    """Raises UserError for a config that no data set and no machine could run, and, if it `starts`,
+    for one without the weights that its task begins with."""
     for name, value in flatten(config.to_dict()).items():
         _check_value(name, value)
-    for problem in _problems(config):
+    for problem in _problems(config, starts):
         raise UserError(problem)
 
 
@@ -419,13 +468,13 @@ def _in_range(value: float, ranges: str) -> bool:
     return False
 
 
-def _problems(config: ConfigDict) -> Iterator[str]:
+def _problems(config: ConfigDict, starts: bool) -> Iterator[str]:
     """What is wrong with fields that are each in their range."""
     task, batch, defaults = config.task, config.batch_size, flatten(default_config().to_dict())
     for name, value in flatten(config.to_dict()).items():
         if value != (default := defaults[name]) and task not in FIELDS[name].tasks:
             yield f"{name} = {value!r}: task {task} has no use for this field; leave it {default!r}"
-    if task in (*TUNE, *PROBE) and not config.init_from:
+    if starts and task in (*TUNE, *PROBE, *SEGMENT) and not config.init_from:
         recipe = " (the supervised recipe is configs/scratch.py)" * (task in TUNE)
         yield (
             f"init_from is empty, and task {task} starts from an encoder: give a workdir or a file "
@@ -462,6 +511,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             yield f"{name}.width = {width} is not divisible by heads = {heads}"
     if task in MAE:
         yield from _mask_problems(config, (size[0] // patch, size[1] // patch))
+    if task in SEGMENT:
+        yield from _segment_problems(config, depth)
     if not config.steps and not config.epochs:
         yield "set steps or epochs: one of them must be above 0"
     if config.augment.color_jitter and model.channels != 3:
@@ -506,6 +557,21 @@ def _target_problems(config: ConfigDict, patch: int) -> Iterator[str]:
         lower = patch // CELL * CELL
         near = f"give {lower or CELL} or {lower + CELL}, or another target"
         yield f"model.patch_size = {patch}: target hog has cells of {CELL} pixels; {near}"
+
+
+def _segment_problems(config: ConfigDict, depth: int) -> Iterator[str]:
+    """What is wrong with the head and the data of a segmentation with `depth` blocks."""
+    segment, size = config.segment, image_size(config)
+    if (taps := tuple(segment.taps)) != (-1,) and (len(taps) != 4 or not -1 < max(taps) < depth):
+        yield f"segment.taps = {taps}: give four blocks from 0 to {depth - 1}, or -1"
+    if len(segment.scale) != 2 or segment.scale[0] > segment.scale[1]:
+        yield f"segment.scale = {segment.scale}: give two numbers, the lower first, as 0.5,2"
+    if segment.stride > min(size):
+        what = f"windows of {size[0]} x {size[1]} would leave pixels out"
+        yield f"segment.stride = {segment.stride}: {what}; give at most {min(size)}"
+    if segment.photometric and config.model.channels != 3:
+        what = f"hue and saturation are of 3 channels, and model.channels = {config.model.channels}"
+        yield f"segment.photometric = True: {what}; give segment.photometric=false"
 
 
 def _mask_problems(config: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:

@@ -1,4 +1,10 @@
-"""Accuracy of a classifier on a labelled data set.
+"""What a run scores once more on its own data, or a classifier on any labelled data set.
+
+    python -m mae_jax.evaluate --weights=WORKDIR
+
+evaluates the newest checkpoint of a run of any task as the run itself does, with the same numbers:
+on its evaluation split, in its compute type, on all devices of this machine. `--data_dir` tells
+where the data are now, `--split` takes another split.
 
     python -m mae_jax.evaluate --weights=WEIGHTS --data=imagenet2012 --data_dir=TFDS_DIR
 
@@ -38,18 +44,104 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mae_jax import UserError, cli
+from mae_jax import config as config_lib
+from mae_jax.data.segmentation import SegmentEvalTransform
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.distributed.mesh import make_mesh, replicate
+from mae_jax.distributed.mesh import make_mesh, place, replicate
+from mae_jax.distributed.sharding import shardings_of
 from mae_jax.evaluators import robustness as benchmarks
 from mae_jax.evaluators.over_split import OverSplit, means
+from mae_jax.evaluators.segmentation import (
+    Windows,
+    by_class,
+    over_windows,
+    scores,
+    total_confusion,
+)
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.class_names import require_same_classes
+from mae_jax.main import prepare
 from mae_jax.models.classifier import classification_sums
-from mae_jax.models.inference import classify_function
+from mae_jax.models.inference import classify_function, window_function
+from mae_jax.storage.checkpoints import read_newest
 from mae_jax.storage.files import read_json, to_path, write_json
+from mae_jax.train.state import TrainState
 
+STATE_PARTS = ("step", "params", "ema", "frozen", "extra")  # of a `TrainState`: not the optimizer
 HEADER = f"| weights | data | images | top-1 % | top-5 % | loss | mCE % |\n|{'---|' * 7}"
+
+
+class _Heard:
+    """In the place of a run's metrics: keeps what an evaluation tells."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] = {}
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Of the run's step `step`, under the names of metrics."""
+        own = {name.removeprefix("eval/"): float(value) for name, value in scalars.items()}
+        self.told |= {"step": step, **own}
+
+    def write_classes(self, step: int, classes: Mapping[str, Any]) -> None:
+        """What each class scored."""
+        self.told["classes"] = classes
+
+
+def evaluate_run(workdir: str, *, data_dir: str = "", split: str = "") -> dict[str, Any]:
+    """What the newest checkpoint of a run scores: "step", "examples" and what its task tells.
+
+    `data_dir`, `split`: in place of the run's `data.dir` and `data.eval_split`. Writes nothing but
+    the features that a linear probe keeps. UserError: no run there, or other data than it had.
+    """
+    folder = to_path(workdir)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"--weights={workdir}: is no workdir of a run, whose own split could be evaluated; "
+            "give --data or --robustness"
+        )
+    parts, record, notes = read_newest(folder / "checkpoints", STATE_PARTS)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    config = config_lib.from_json(record["config"])
+    changes = {"data.dir": data_dir, "data.eval_split": split, "mesh.data": -1, "mesh.fsdp": 1}
+    config.update_from_flattened_dict({k: v for k, v in changes.items() if v != ""})
+    setup = prepare(config, folder)
+    shardings = shardings_of(setup.abstract.replace(opt_state=None))
+    state = place(TrainState(opt_state=None, **parts), shardings)
+    step, heard = int(state.step), _Heard()
+    inputs = setup.task.inputs(setup.data, state, folder)
+    setup.task.evaluation(inputs, heard, shardings, config.eval.batches)(step, state)
+    return heard.told
+
+
+def pixel_scores(
+    checkpoint: Checkpoint, data: str, data_dir: str, split: str, *, batch_size: int, dtype: str
+) -> dict[str, Any]:
+    """What a segmentation model scores on a split with label maps, read as those of its training:
+    "miou", "macc", "aacc", "examples" and "classes", as a run tells them."""
+    spec, mesh = checkpoint.spec, make_mesh()
+    source = open_source(data, data_dir, split, segmentation=True)
+    where = f"{source.name}, split {source.split},"
+    if source.num_classes not in (None, spec.classes):
+        raise UserError(f"{where} has {source.num_classes} classes, the model {spec.classes}")
+    require_same_classes(spec.class_names, source.class_names, where)
+    stride = config_lib.window_stride(spec.segment_stride, spec.image_size)
+    transform = SegmentEvalTransform(
+        spec.image_size,
+        spec.classes,
+        spec.channels,
+        ignore=spec.segment_ignore,
+        zero_is_other=spec.segment_zero_is_other,
+        stride=(stride, stride),
+    )
+    run = over_windows(window_function(spec, jnp.dtype(dtype)), mesh, batch_size)
+    params = replicate(checkpoint.params(), mesh)
+    matrix, count = total_confusion(run, params, Windows(source, transform))
+    found = scores(matrix)
+    names = list(spec.class_names) or [str(k) for k in range(spec.classes)]
+    told = {name: found[name] for name in ("miou", "macc", "aacc")}
+    return {**told, "examples": count, "classes": by_class(found, names)}
 
 
 class Scorer:
@@ -132,6 +224,12 @@ def evaluate(
         benchmarks.require_present(benchmark.data, data_dir)
     open_source(benchmark.data[0], data_dir, benchmark.split)  # is it there? before work is done
     checkpoint = cli.open_weights(weights, overrides)
+    if checkpoint.spec.segments:
+        how = {"batch_size": batch_size, "dtype": dtype}
+        told = pixel_scores(checkpoint, benchmark.data[0], data_dir, benchmark.split, **how)
+        if output:
+            write_json(output, told)
+        return {**told, "markdown": told_as_table(told), "markdown_header": ""}
     crop = crop or benchmark.crop
     scorer = Scorer(checkpoint, batch_size=batch_size, crop=crop, dtype=dtype)
     settings = {
@@ -217,7 +315,7 @@ def choose_benchmark(
     data: str, split: str, robustness: str, corruptions: str
 ) -> benchmarks.Benchmark:
     """What the command line asks for; UserError for options that contradict each other."""
-    if bool(data) == bool(robustness):
+    if data and robustness:
         raise UserError("give one of --data and --robustness")
     if corruptions and robustness != "c":
         raise UserError("--corruptions belongs to --robustness=c")
@@ -233,6 +331,20 @@ def choose_benchmark(
         raise UserError(f"--corruptions: there is no {', '.join(unknown)}; choose from {known}")
     data_sets = sum(map(benchmarks.corrupted, names), ())
     return dataclasses.replace(benchmarks.BENCHMARKS["c"], data=data_sets)
+
+
+def told_as_table(result: Mapping[str, Any]) -> str:
+    """What `evaluate_run` returns, in Markdown; classes below the rest."""
+    plain = {name: value for name, value in result.items() if name != "classes"}
+    lines = ["| " + " | ".join(plain) + " |", "|" + "---|" * len(plain)]
+    lines.append("| " + " | ".join(f"{value:.6g}" for value in plain.values()) + " |")
+    if classes := result.get("classes"):
+        names = list(next(iter(classes.values())))
+        lines += ["", f"| class | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
+        for name, scores in classes.items():
+            cells = ("-" if scores[k] is None else f"{100 * scores[k]:.2f}" for k in names)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -253,6 +365,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="", help="JSON file to write")
     cli.add_overrides(parser)
     args = parser.parse_args(argv)
+    if not (args.data or args.robustness):
+        result = evaluate_run(args.weights, data_dir=args.data_dir, split=args.split)
+        print(told_as_table(result))
+        if args.output:
+            write_json(args.output, result)
+            print(f"wrote {args.output}")
+        return
     result = evaluate(
         args.weights,
         choose_benchmark(args.data, args.split, args.robustness, args.corruptions),
@@ -263,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output=args.output,
         overrides=cli.overrides(args),
     )
-    print(f"{HEADER}\n{result['markdown']}")
+    print(f"{result['markdown_header']}\n{result['markdown']}".strip())
     if errors := result.get("corruption_errors"):
         print("corruption errors: " + ", ".join(f"{name} {e:.1f}" for name, e in errors.items()))
     if args.output:

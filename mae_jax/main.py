@@ -34,7 +34,6 @@ from mae_jax.data.splits import Splits
 from mae_jax.distributed import fate, startup, stopping, watchdog
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device, shardings_of
-from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.class_names import require_same_classes
 from mae_jax.interop.load import load_into
 from mae_jax.models.spec import ModelSpec
@@ -192,7 +191,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     picture_positions(mesh_lib.local_positions(config.batch_size, mesh), config.data.repeat)
     data = open_splits(config)
     names = data.train.class_names
-    task = create_task(config, len(data.train), data.classes, mesh, names, workdir)
+    classes = data.classes or data.pixel_classes
+    task = create_task(config, len(data.train), classes, mesh, names, workdir)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
@@ -268,7 +268,7 @@ def train_and_evaluate(
         with ledger.during("features"):
             inputs = task.inputs(data, state, setup.workdir)
         shardings = shardings_of(setup.abstract)
-        evaluate = Evaluation(task, inputs, writer, shardings, config.eval.batches)
+        evaluate = task.evaluation(inputs, writer, shardings, config.eval.batches)
         also = timer.is_over if config.checkpoint.minutes else None
         with ledger.during("pictures"):  # what they show is read
             of_task = task.actions(config, data, writer, setup.workdir)
@@ -351,7 +351,7 @@ def finish(setup: Setup, state: TrainState) -> None:
     def write() -> None:
         with complete_or_absent_folder(setup.workdir / "export") as folder:
             setup.task.export(state, folder, facts)
-        if data.classes is not None:
+        if config.task in config_lib.SUPERVISED:
             sizes = {"train_examples": len(data.train), "parameters": tree_size(state.weights)}
             results = write_results(setup.workdir, config, steps=steps, **sizes)
             logging.info("results.json:\n%s\n%s", results["markdown_header"], results["markdown"])
@@ -371,7 +371,7 @@ def check_fits(
             "fields their old values to continue, or choose a new --workdir"
         )
     names = ModelSpec.from_json(record["model"]).class_names if "model" in record else ()
-    if names and data.classes:
+    if names and (data.classes or data.pixel_classes):
         require_same_classes(names, data.train.class_names, f"data.dir: {data.train.name}")
     examples = record["data"]["examples"]
     if examples != len(data.train):

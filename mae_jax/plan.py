@@ -119,7 +119,7 @@ class Planner:
 
     def __init__(self, arguments: argparse.Namespace):
         self.config, self._arguments = arguments.config, arguments
-        config_lib.validate(self.config)
+        config_lib.validate(self.config, starts=False)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
         if jax.config.jax_compilation_cache_dir:  # written without a TPU, but never read
@@ -165,7 +165,8 @@ class Planner:
         """What the step takes there."""
         config = self._config(layout)
         mesh = self._mesh(pod, layout.data, layout.fsdp)
-        task = create_task(config, self._arguments.examples, config.head.classes or 1000, mesh)
+        classes = config_lib.classes_without_data(config)
+        task = create_task(config, self._arguments.examples, classes, mesh)
         abstract = abstract_state(task.init, mesh)
         price, source = self.price(pod.chip)
         plan = Plan(

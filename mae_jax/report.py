@@ -23,7 +23,7 @@ from mae_jax import UserError, cli
 from mae_jax.config import default_config, flatten
 from mae_jax.pictures.page import Page, newest_picture, smaller
 from mae_jax.pictures.plots import Point, curves, sweep_plot
-from mae_jax.results import percent
+from mae_jax.results import percent, scores_of
 from mae_jax.storage.files import read_json, to_path
 from mae_jax.sweeps import RECORD, finished, last_line
 from mae_jax.train.ledger import read_times, seconds_at_work, summary
@@ -32,7 +32,7 @@ from mae_jax.train.metrics import read_metrics
 STAGES = {"finetune": "fine-tuned", "scratch": "from scratch", "linear_probe": "probed"}
 CAPTION = "Ours on the left axis, the paper's (ViT-L, ImageNet) on the right. Neither starts at 0."
 # Of single runs: what stands together in a panel, by the end of the metrics' names.
-PANELS = ("loss", "top1", "lr", "grad_norm", "images_per_second")
+PANELS = ("loss", "top1", "miou", "lr", "grad_norm", "images_per_second")
 
 
 class Facts(NamedTuple):
@@ -237,7 +237,7 @@ def add_run(page: Page, folder: epath.Path) -> None:
     run = look(folder)
     page.text(f"Task {run.config['task']}, {run.state}.")
     if run.results:
-        names = {"top1": "top-1 %", "top5": "top-5 %"}
+        names = scores_of(run.results)
         cells = [percent([run.results[name]]) for name in names]
         page.table(
             [*names.values(), "loss", "examples", "images/s"],

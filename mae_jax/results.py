@@ -2,10 +2,10 @@
 
     python -m mae_jax.results WORKDIR...
 
-Every run of fine-tuning, training from scratch or linear probing leaves a `results.json` in its
-workdir. Runs that differ in nothing but the seed become one row, with mean and sample standard
-deviation of their accuracies, the mean loss and the median speed. Every run keeps account of its
-time, finished or not, in `time.json`: see docs/time.md.
+Every supervised run leaves a `results.json` in its workdir. Runs that differ in nothing but the
+seed become one row, with mean and sample standard deviation of their scores, the mean loss and the
+median speed. Every run keeps account of its time, finished or not, in `time.json`: see
+docs/time.md.
 """
 
 if __name__ == "__main__":
@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,14 +25,25 @@ from mae_jax import UserError, cli
 from mae_jax.config import FREE_FIELDS, flatten, image_size
 from mae_jax.storage.files import PathLike, read_json, to_path, write_json
 from mae_jax.train.ledger import summary
-from mae_jax.train.metrics import evaluation_at, read_metrics
+from mae_jax.train.metrics import CLASSES_FILE, evaluation_at, read_metrics
 
-HEADER = (
-    "| task | model | from | trained blocks | data | epochs | steps | batch "
-    "| top-1 % | top-5 % | loss | images/s | seed |\n|" + "---|" * 13
-)
+# What is scored, by its name in `results.json`: of classes of pictures, or of pixels.
+SCORES = {"top1": "top-1 %", "top5": "top-5 %"}
+PIXEL_SCORES = {"miou": "mIoU %", "macc": "mAcc %", "aacc": "aAcc %"}
 # Of the fields that a run may change when it continues, two say what was measured.
 _NOT_COMPARED = {"seed", *FREE_FIELDS} - {"data.dir", "eval.batches"}
+
+
+def header(names: Mapping[str, str]) -> str:
+    """The head of a table of `SCORES` or `PIXEL_SCORES`."""
+    told = ["task", "model", "from", "trained blocks", "data", "epochs", "steps", "batch"]
+    cells = [*told, *names.values(), "loss", "images/s", "seed"]
+    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}"
+
+
+def scores_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was scored by."""
+    return PIXEL_SCORES if "miou" in result else SCORES
 
 
 def write_results(
@@ -46,12 +57,18 @@ def write_results(
     """Writes `results.json` of a finished supervised run, and returns what it holds.
 
     Call it in one process, after the metrics are written: ValueError where they lack an evaluation
-    of the last step. Accuracies are fractions; `parameters` counts frozen ones too.
+    of the last step. Accuracies are fractions; `parameters` counts frozen ones too. Of pixels,
+    "classes" has IoU and accuracy of each: null where it does not occur.
     """
     path = to_path(workdir)
     final = evaluation_at(path, steps)
     if final is None:
-        raise ValueError(f"{path / 'metrics.jsonl'} has no eval/top1 of the last step, {steps}")
+        raise ValueError(f"{path / 'metrics.jsonl'} has no evaluation of the last step, {steps}")
+    if "eval/miou" in final:
+        scores = {name: final[f"eval/{name}"] for name in PIXEL_SCORES}
+        scores["classes"] = read_json(path / CLASSES_FILE)["classes"]
+    else:
+        scores = {"top1": final["eval/top1"], "top5": final.get("eval/top5")}
     speed = "train/images_per_second"
     rates = [x[speed] for x in read_metrics(path / "metrics.jsonl") if x.get(speed) is not None]
     fields = ("task", "init_from", "trainable_blocks", "batch_size", "seed")
@@ -62,14 +79,13 @@ def write_results(
         "epochs": config.epochs if not config.steps else steps * config.batch_size / train_examples,
         "data": config.data.name,
         "steps": steps,
-        "top1": final["eval/top1"],
-        "top5": final.get("eval/top5"),
+        **scores,
         "loss": final.get("eval/loss"),
         "examples": int(final["eval/examples"]),
         "images_per_second": statistics.median(rates) if rates else None,
         "parameters": parameters,
         "config": config.to_dict(),
-        "markdown_header": HEADER,
+        "markdown_header": header(scores_of(scores)),
     }
     result["markdown"] = markdown_row([result])
     write_json(path / "results.json", result)
@@ -91,8 +107,7 @@ def markdown_row(runs: list[dict[str, Any]]) -> str:
     losses = [run["loss"] for run in runs]
     cells = (
         *_description(runs[0]),
-        percent([run["top1"] for run in runs]),
-        percent([run["top5"] for run in runs]),
+        *(percent([run[name] for run in runs]) for name in scores_of(runs[0])),
         "-" if None in losses else f"{statistics.fmean(losses):.4f}",
         f"{statistics.median(rates):,.0f}" if rates else "-",
         ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs)),
@@ -101,8 +116,8 @@ def markdown_row(runs: list[dict[str, Any]]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table of many runs, rows as they first appear. Rows that look alike but are of
-    different configs are told apart in notes below the table."""
+    """The Markdown table of many runs that are scored alike, rows as they first appear. Rows that
+    look alike but are of different configs are told apart in notes below the table."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(json.dumps(_identity(result), sort_keys=True), []).append(result)
@@ -115,7 +130,8 @@ def table(results: list[dict[str, Any]]) -> str:
         if differing:
             notes.append(f"Row {number}: " + ", ".join(f"{f}={own[f]}" for f in differing))
     rows = [markdown_row(runs) for runs in groups.values()]
-    return "\n".join([HEADER, *rows, *([""] if notes else []), *notes])
+    head = header(scores_of(results[0]))
+    return "\n".join([head, *rows, *([""] if notes else []), *notes])
 
 
 def _identity(result: dict[str, Any]) -> dict[str, Any]:
@@ -167,4 +183,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"left out: {workdir}: {note}", file=sys.stderr)
     if not (found or times):
         raise UserError("none of these workdirs holds a run")
-    print(*([table(found)] if found else []), *times, sep="\n\n")
+    kinds = ([r for r in found if scores_of(r) == names] for names in (SCORES, PIXEL_SCORES))
+    print(*(table(alike) for alike in kinds if alike), *times, sep="\n\n")

@@ -79,7 +79,7 @@ class Run:
 def finished(workdir: PathLike, task: str) -> bool:
     """Whether a run's own mark says so: the results of a classifier, else the export."""
     folder = to_path(workdir)
-    mark = folder / ("results.json" if task in config_lib.LABELS else "export")
+    mark = folder / ("results.json" if task in config_lib.SUPERVISED else "export")
     return mark.exists() and (folder / "config.json").exists() and not unfinished(mark)
 
 

@@ -172,7 +172,7 @@ def test_a_broken_config_file_is_refused_with_its_line(content, message, tmp_pat
             ["features", "--weights=w", "--images=i", "--output=o", "--image_size=1,2,3"],
             "invalid image_size value: '1,2,3'",
         ),
-        (["evaluate", "--weights=w"], "give one of --data and --robustness"),
+        (["evaluate", "--weights=w"], "w: is no workdir of a run"),
     ],
 )
 def test_other_bad_input_is_one_line(argv, message, capsys):

@@ -210,7 +210,7 @@ def test_what_cannot_be_evaluated_is_explained(weights, tmp_path, capsys):
     assert "has no labels" in error(data="folder", data_dir=tmp_path / "flat", split="train")
 
     assert "one of --data and --robustness" in error(robustness="a")
-    assert "one of --data and --robustness" in error(data=None)
+    assert "no workdir of a run, whose own split" in error(data=None)
     assert "belongs to --robustness=c" in error(corruptions="fog")
     assert "belongs to --data" in error(data=None, robustness="a", split="test")
     told = error(data=None, robustness="c", corruptions="fog,mist", data_dir=tmp_path)

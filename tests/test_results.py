@@ -6,7 +6,7 @@ import pytest
 
 from mae_jax import results
 from mae_jax.config import default_config
-from mae_jax.results import HEADER, read_results, table, write_results
+from mae_jax.results import SCORES, header, read_results, table, write_results
 
 
 def supervised(**fields):
@@ -55,7 +55,7 @@ def test_results_hold_the_last_evaluation_and_what_was_run(tmp_path):
         "parameters": 86_000_000,
     }
     assert {name: result[name] for name in expected} == expected
-    assert result["markdown_header"] == HEADER
+    assert result["markdown_header"] == header(SCORES)
     assert result["markdown"] == (
         "| finetune | ViT-B/16, 224 px | runs/mae | all | imagenet2012 | 100 | 20 | 1024 | 83.57 "
         "| 90.00 | 1.5000 | 200 | 0 |"
@@ -67,7 +67,7 @@ def test_a_run_of_steps_counts_its_epochs(tmp_path):
 
 
 def test_without_an_evaluation_of_the_last_step_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="no eval/top1 of the last step, 40"):
+    with pytest.raises(ValueError, match="no evaluation of the last step, 40"):
         finished(tmp_path / "run", 0.5, steps=40)
     assert not (tmp_path / "run" / "results.json").exists()
 
@@ -78,7 +78,7 @@ def test_runs_that_differ_by_seed_alone_are_one_row(tmp_path):
     for seed, top1 in scores.items():
         finished(tmp_path / str(seed), top1, supervised(seed=seed))
     lines = table([read_results(tmp_path / str(seed)) for seed in scores]).splitlines()
-    assert "\n".join(lines[:2]) == HEADER
+    assert "\n".join(lines[:2]) == header(SCORES)
     assert len(lines) == 3
     assert "| 83.57 ± 0.09 (4) | 90.00 ± 0.00 (4) | 1.5000 | 200 | 0, 1, 2, 3 |" in lines[2]
 
@@ -124,7 +124,7 @@ def test_rows_name_models_starts_and_trained_blocks(tmp_path):
 def test_the_command_prints_the_table_and_counts_a_workdir_once(tmp_path, capsys):
     run = finished(tmp_path / "run", 0.5)
     results.main([str(tmp_path / "run"), str(tmp_path / "run") + "/"])
-    assert capsys.readouterr().out == f"{HEADER}\n{run['markdown']}\n"
+    assert capsys.readouterr().out == f"{header(SCORES)}\n{run['markdown']}\n"
 
 
 def command(*workdirs):
@@ -136,7 +136,7 @@ def test_a_workdir_without_results_is_left_out_and_told(tmp_path):
     run = finished(tmp_path / "run", 0.5)
     done = command(tmp_path / "run", tmp_path / "unfinished")
     assert done.returncode == 0
-    assert done.stdout == f"{HEADER}\n{run['markdown']}\n"
+    assert done.stdout == f"{header(SCORES)}\n{run['markdown']}\n"
     assert done.stderr.startswith(f"left out: {tmp_path / 'unfinished'}")
     alone = command(tmp_path / "unfinished")
     assert alone.returncode == 2
@@ -165,7 +165,7 @@ def test_the_time_of_any_run_is_told_one_under_way_or_pretraining_too(tmp_path):
         "  repeated       00:20  20.0%  7 steps made again, ",
     ]
     done = command(tmp_path / "run", tmp_path / "mae")
-    assert done.stdout.startswith(f"{HEADER}\n{run['markdown']}\n\n")
+    assert done.stdout.startswith(f"{header(SCORES)}\n{run['markdown']}\n\n")
     for line, expected in zip(done.stdout.splitlines()[4:], time, strict=True):
         assert line.startswith(expected)
     alone = command(tmp_path / "mae")

@@ -25,7 +25,7 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"task = {config.task!r}: mask tokens are of pretraining")
     configs = []
     for config.mask.encoder_tokens, config.decoder.depth in CHOICES:
-        config_lib.validate(config)
+        config_lib.validate(config, starts=False)
         configs.append(copy.deepcopy(config))
     mesh = open_mesh(config)
     steps = [Step(each, mesh) for each in configs]

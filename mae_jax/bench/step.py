@@ -41,7 +41,7 @@ def main(config: ConfigDict) -> None:
 
 def open_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config, found valid, on all devices or these."""
-    config_lib.validate(config)
+    config_lib.validate(config, starts=False)
     keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)
@@ -54,7 +54,7 @@ class Step:
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.batch_size = config.batch_size
         # No data is read: the number of examples only sets the length of the schedule.
-        classes = config.head.classes or 1000
+        classes = config_lib.classes_without_data(config)
         task = create_task(config, 1000 * config.batch_size, classes, mesh)
         self.flops_per_image = task.train_flops_per_image
         abstract = abstract_state(task.init, mesh)

@@ -4,7 +4,7 @@ import collections
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -18,7 +18,12 @@ EXTENSIONS = (
     *(".avif", ".jp2", ".j2k", ".npy"),
 )
 VALIDATION_EVERY = 50  # without split folders, every 50th picture is kept for validation
-SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation"}
+SPLIT_NAMES = {  # of folders, in any case; the longer and shorter ones as other data sets have them
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "val": "validation",
+}
 
 
 def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
@@ -27,7 +32,7 @@ def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
     Sorted, folders after the files beside them. Links are followed, hidden names are not; other
     suffixes are counted in the log. Raises UserError: no such folder, or no picture in it.
     """
-    root = _existing(folder, field)
+    root = existing_folder(folder, field)
     names: list[str] = []
     left_out = collections.Counter()
     above = {root: {os.path.realpath(root)}}  # a link may lead back up
@@ -50,7 +55,8 @@ def list_pictures(folder: str | os.PathLike, field: str) -> list[str]:
     return names
 
 
-def _existing(folder: str | os.PathLike, field: str) -> str:
+def existing_folder(folder: str | os.PathLike, field: str) -> str:
+    """Its whole path; raises UserError, which begins with `field`: there is no such folder."""
     root = os.path.abspath(os.path.expanduser(folder))
     if not os.path.isdir(root):
         raise UserError(f"{field}: there is no folder {root}")
@@ -97,7 +103,7 @@ class PictureFiles:
 
     def __getitem__(self, index: int) -> Record:
         path = self._path(index)
-        name = f"folder/{self.split}#{index} ({path})" if self.split else path
+        name = f"{self.name}/{self.split}#{index} ({path})" if self.split else path
         try:
             if path.lower().endswith(".npy"):
                 image = np.load(path, allow_pickle=False)
@@ -111,27 +117,19 @@ class PictureFiles:
 def open_folder(data_dir: str, split: str) -> PictureFiles:
     """Pictures in ``data_dir/<split>/<class>/``, or unlabelled in ``data_dir/<split>/``.
 
-    ``val`` may stand for ``validation``, in any case. Without split folders ``data_dir`` itself
-    holds the pictures (or class folders), and every 50th in sorted order is `validation`. Classes
-    are the sub-folders in sorted order. Raises UserError: no such folder, no picture, unknown
-    split, or unclear classes.
+    ``training`` may stand for ``train`` and ``val`` for ``validation``, in any case. Without split
+    folders ``data_dir`` itself holds the pictures (or class folders), and every 50th in sorted
+    order is `validation`. Classes are the sub-folders in sorted order. Raises UserError: no such
+    folder, no picture, unknown split, or unclear classes.
     """
-    root = _existing(data_dir, "data.dir")
-    folders = _split_folders(root)  # {"train": "train", "validation": "val"}
+    root = existing_folder(data_dir, "data.dir")
+    folders = split_folders(root)  # {"train": "train", "validation": "val"}
     if not folders:
         names, labels, class_names = _list_classes(root)
-        held_out = np.arange(len(names)) % VALIDATION_EVERY == 0
-        order = np.argsort(held_out, kind="stable")
+        order, lengths = held_out(len(names), root)
         names, labels = [names[i] for i in order], labels[order]
-        lengths = {"train": int((~held_out).sum()), "validation": int(held_out.sum())}
-        what = "%s has no train or validation folder: every %dth of its pictures is validation %s"
-        logging.info(what, root, VALIDATION_EVERY, lengths)
     else:
-        wanted = [s for s in folders if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", split)]
-        if not wanted:
-            remedy = " (nor val/): make one, or set data.eval_split to a part of another split"
-            why = f"{root} has no such folder" + remedy * ("validation" in split)
-            raise split_error(split, dict.fromkeys(folders), why)
+        wanted = wanted_folders(root, folders, split)
         names, labels, lengths = [], np.empty(0, np.int32), {}
         for part in wanted:
             folder = os.path.join(root, folders[part])
@@ -149,10 +147,29 @@ def open_folder(data_dir: str, split: str) -> PictureFiles:
     return PictureFiles(root, [names[i] for i in chosen], labels[chosen], class_names, split)
 
 
-def _split_folders(root: str) -> dict[str, str]:
+def held_out(count: int, root: str) -> tuple[np.ndarray, dict[str, int]]:
+    """Pictures of a folder without splits: their order, training first, and the splits' lengths."""
+    validation = np.arange(count) % VALIDATION_EVERY == 0
+    lengths = {"train": int((~validation).sum()), "validation": int(validation.sum())}
+    what = "%s has no train or validation folder: every %dth of its pictures is validation %s"
+    logging.info(what, root, VALIDATION_EVERY, lengths)
+    return np.argsort(validation, kind="stable"), lengths
+
+
+def wanted_folders(root: str, folders: Mapping[str, str], split: str) -> list[str]:
+    """Which splits, of `split_folders(root)`, TFDS notation names; raises UserError: none."""
+    wanted = [s for s in folders if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", split)]
+    if not wanted:
+        remedy = " (nor val/): make one, or set data.eval_split to a part of another split"
+        why = f"{root} has no such folder" + remedy * ("validation" in split)
+        raise split_error(split, dict.fromkeys(folders), why)
+    return wanted
+
+
+def split_folders(root: str) -> dict[str, str]:
     """Split -> name of its folder; empty when ``root`` is not divided into splits."""
     found: dict[str, str] = {}
-    for folder in _subfolders(root):
+    for folder in subfolders(root):
         split = SPLIT_NAMES.get(folder.lower(), folder)
         if split in found:
             both = f"both {found[split]}/ and {folder}/, and both mean {split}"
@@ -175,7 +192,7 @@ def _list_classes(
             what = f"pictures both loose (e.g. {names[0]}) and in folders (e.g. {min(labelled)})"
             raise UserError(f"data.dir: {folder} holds {what}; move them to one or the other")
         return names, np.full(len(names), -1, np.int32), None
-    class_names = _subfolders(folder)
+    class_names = subfolders(folder)
     if empty := sorted(set(class_names) - set(places)):
         where = f"{len(empty)} of {len(class_names)} class folders in {folder}, e.g. {empty[0]}/"
         if empty_is_error:
@@ -185,5 +202,6 @@ def _list_classes(
     return names, np.asarray([label[place] for place in places], np.int32), class_names
 
 
-def _subfolders(folder: str) -> list[str]:
+def subfolders(folder: str) -> list[str]:
+    """Names of the folders in a folder, in order; hidden ones are none."""
     return sorted(place.name for place in pathlib.Path(folder).glob("[!.]*/"))

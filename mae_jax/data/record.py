@@ -37,6 +37,7 @@ class Record:
     name: str  # in messages: ``imagenet2012/train#17 (n01440764_10026.JPEG)``
     id: int = -1  # index in the split it was read from: ``source[record.id]`` reads it again
     upright: bool = False  # honour EXIF orientation: in one's own files, not prepared data sets
+    segmentation: Any = None  # label map: bytes of a picture file, or integers [H, W]
 
 
 class Source(Protocol):

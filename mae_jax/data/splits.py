@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from typing import Any
 
@@ -11,7 +12,6 @@ from mae_jax import UserError
 from mae_jax.data import pipeline
 from mae_jax.data.order import Windows
 from mae_jax.data.record import DecodeError, Selection, Source
-from mae_jax.data.transforms import EvalTransform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Splits:
     train: Source
     eval: Source
     train_transform: pipeline.Transform
-    eval_transform: EvalTransform
+    eval_transform: pipeline.Transform  # `EvalTransform` where a task asks nothing else
     seed: int
     batch_size: int
     classes: int | None  # of a labelled set whose labels are read, else None
+    pixel_classes: int | None = None  # of label maps that are read
     bad_records: str = "stop"  # this and what follows: see `pipeline.train_batches`
     workers: int = 0  # for training
     threads: int = 0
@@ -69,10 +70,19 @@ class Splits:
                     record = source[index]
                     file = os.path.basename(record.name)  # its folder may be another on each host
                     found[f"record {index} of {field}"] = f"{file}, label {record.label}"
+                    if (label_map := record.segmentation) is not None:
+                        data = label_map if isinstance(label_map, bytes) else label_map.tobytes()
+                        found[f"label map {index} of {field}"] = hashlib.sha256(data).hexdigest()
         return found
 
     def examples(self, source: Source, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Images [n, H, W, C] uint8, labels [n], names of n <= count records, spread over it."""
+        arrays, names = self.example_arrays(source, count)
+        return arrays["image"], arrays["label"], names
+
+    def example_arrays(self, source: Source, count: int) -> tuple[dict[str, np.ndarray], list[str]]:
+        """What evaluation makes of n <= count records, spread over the source: arrays [n, ...] of
+        the transform's schema, "label" and "id"; and their names."""
         count = min(count, len(source))
         chosen = Selection(source, np.linspace(0, len(source) - 1, count).astype(int))
         transform, positions = self.eval_transform, np.arange(count)
@@ -80,11 +90,11 @@ class Splits:
             chosen, transform, batch_size=count, positions=positions, **self.loading
         ) as batches:
             batch = next(batches)
-        real = batch["weight"] > 0
+        real = batch.pop("weight") > 0
         if not real.any():
             raise DecodeError(f"none of {count} records of {source.split} can be decoded")
         names = [source[int(index)].name for index in chosen.indices[real]]
-        return batch["image"][real], batch["label"][real], names
+        return {name: values[real] for name, values in batch.items()}, names
 
 
 def common_classes(train: Source, evaluation: Source, fields: str, need: str) -> int:

@@ -20,23 +20,36 @@ from mae_jax.storage.files import in_bucket, to_path, versions
 
 READ_AT_ONCE = 1 << 24  # bytes of a shard, of all that is wanted of it at a time
 FOOTER = 1 << 18  # bytes read of a shard's end, for its index; by default 1 MiB in a bucket
+# What label maps are called, where they are plain Image features of one channel.
+MAPS = (
+    "segmentation_mask",
+    "segmentation_label",
+    "segmentation",
+    "annotation",
+    "label_map",
+    "mask",
+)
 
 
 class TfdsSource:
     """Records of a prepared TFDS split (`array_record` or `tfrecord`), pictures still encoded.
 
-    Raises UserError: the dataset, shard, split or picture is not there, or a shard is damaged.
+    With `segmentation` records have their label maps, and the classes are those of the maps.
+    Raises UserError: the dataset, shard, split, picture or map is not there, or a shard is damaged.
     """
 
-    def __init__(self, name: str, data_dir: str, split: str):
+    def __init__(self, name: str, data_dir: str, split: str, segmentation: bool = False):
         self.name, self.split = name, split
         folder = find_dataset(name, data_dir)
         info = tfds.builder_from_directory(folder).info
-        self._image_key = _image_key(folder, info)
+        self._map_key = _map_key(folder, info) if segmentation else None
+        self._image_key = _image_key(folder, info, self._map_key)
         self._label_key = _the_key(info, tfds.features.ClassLabel, 1, "label")
         self.num_classes, self.class_names = None, None
-        if self._label_key is not None:
-            names = list(info.features[self._label_key].names)
+        classes_key = self._map_key or self._label_key
+        classes = None if classes_key is None else info.features[classes_key]
+        if getattr(classes, "num_classes", None) is not None:  # a plain Image does not tell
+            names = list(classes.names)
             self.num_classes = len(names)
             # Without a names file TFDS makes names up: "0", "1", ...
             self.class_names = None if names == list(map(str, range(len(names)))) else names
@@ -129,7 +142,13 @@ class TfdsSource:
             raise DecodeError(f"{name}: the record has no feature {self._image_key!r}")
         labels = features[self._label_key].int64_list.value if self._label_key else ()
         image = features[self._image_key].bytes_list.value[0]
-        return Record(image, labels[0] if labels else -1, name, id=index)
+        label_map = None
+        if self._map_key is not None:
+            if not features[self._map_key].bytes_list.value:
+                raise DecodeError(f"{name}: the record has no feature {self._map_key!r}")
+            label_map = features[self._map_key].bytes_list.value[0]
+        label = labels[0] if labels else -1
+        return Record(image, label, name, id=index, segmentation=label_map)
 
 
 class _WideReaders:
@@ -161,7 +180,8 @@ def find_dataset(name: str, data_dir: str) -> str:
     """
     parsed = re.fullmatch(r"([\w-]+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
     if not parsed:
-        forms = "`demo`, `folder`, or a TFDS dataset: `name`, `name:1.2.3`, `name/config[:1.2.3]`"
+        tfds_forms = "`name`, `name:1.2.3`, `name/config[:1.2.3]`"
+        forms = f"`demo`, `folder`, `segmentation_folder`, or a TFDS dataset: {tfds_forms}"
         raise UserError(f"data.name={name!r} is none of {forms}")
     dataset, config, version = parsed.groups()
     root = to_path(data_dir)
@@ -200,17 +220,36 @@ def _how_to_prepare(name: str, data_dir: str) -> str:
     return f"Prepare it, where TensorFlow is installed, with {command} ({other})."
 
 
-def _the_key(info: tfds.core.DatasetInfo, kind: type, place: int, name: str) -> str | None:
-    """The feature of a kind: at a place of the supervised keys, of a name, or the only one."""
+def _the_key(
+    info: tfds.core.DatasetInfo, kind: type, place: int, name: str, without: str | None = None
+) -> str | None:
+    """The feature of a kind: at a place of the supervised keys, of a name, or the only one but
+    that called `without`."""
     features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
-    keys = [key for key in features if isinstance(features[key], kind)]
+    keys = [key for key in features if isinstance(features[key], kind) and key != without]
     supervised = (info.supervised_keys or ())[place : place + 1]
     chosen = [key for key in (*supervised, name) if key in keys] or keys * (len(keys) == 1)
     return chosen[0] if chosen else None
 
 
-def _image_key(folder: str, info: tfds.core.DatasetInfo) -> str:
-    key, features = _the_key(info, tfds.features.Image, 0, "image"), info.features
+def _map_key(folder: str, info: tfds.core.DatasetInfo) -> str:
+    """The feature that holds the label maps."""
+    if info.name == "scene_parse150":
+        what = "holds the maps of another challenge: R is one of 100 things, G the number of each"
+        remedy = "Unpack ADEChallengeData2016 and set data.name=segmentation_folder"
+        raise UserError(f"data.name: scene_parse150 of TFDS {what}. {remedy}")
+    images = {k: f for k, f in info.features.items() if isinstance(f, tfds.features.Image)}
+    kind = tfds.features.LabeledImage
+    keys = [k for k, f in images.items() if isinstance(f, kind) or (k in MAPS and f.shape[-1] == 1)]
+    if len(keys) != 1:
+        what = f"a LabeledImage or an Image of one channel called {', '.join(MAPS)}"
+        has = f"it has {' '.join(str(info.features).split())}"
+        raise UserError(f"data.name: {folder} must have one label map in a record, {what}; {has}")
+    return keys[0]
+
+
+def _image_key(folder: str, info: tfds.core.DatasetInfo, label_maps: str | None) -> str:
+    key, features = _the_key(info, tfds.features.Image, 0, "image", label_maps), info.features
     if key is None:
         what = f"`image` or the only Image feature; it has {' '.join(str(features).split())}"
         raise UserError(f"data.name: {folder} must have one picture in a record, {what}")

@@ -213,7 +213,7 @@ def centre_box(
     """
     new = _resized(height, width, size, crop_ratio or (224 / 256 if max(size) <= 224 else 1.0))
     top, left = (round((full - out) / 2) for full, out in zip(new, size, strict=True))
-    return _before_resizing((top, left, *size), (height, width), new)
+    return before_resizing((top, left, *size), (height, width), new)
 
 
 def fixed_crop_box(rng: np.random.Generator, height: int, width: int, size: tuple[int, int]) -> Box:
@@ -224,7 +224,7 @@ def fixed_crop_box(rng: np.random.Generator, height: int, width: int, size: tupl
     """
     new = _resized(height, width, size, 224 / 256)
     box = _placed(rng, *new, *size)
-    return _before_resizing(box, (height, width), new)
+    return before_resizing(box, (height, width), new)
 
 
 def _resized(height: int, width: int, size: tuple[int, int], crop_ratio: float) -> tuple[int, int]:
@@ -235,7 +235,7 @@ def _resized(height: int, width: int, size: tuple[int, int], crop_ratio: float) 
     return max(full_h, int(full_w * height / width)), full_w
 
 
-def _before_resizing(box: Box, old: tuple[int, int], new: tuple[int, int]) -> Box:
+def before_resizing(box: Box, old: tuple[int, int], new: tuple[int, int]) -> Box:
     """A box of a picture resized from `old` to `new`, in pixels of the old one."""
     dy, dx = old[0] / new[0], old[1] / new[1]
     top, left, h, w = box

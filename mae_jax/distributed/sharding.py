@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 from mae_jax.distributed.mesh import replicated
 
 # Small, not worth a collective. Optimizer moments and averages carry their parameter's path.
-REPLICATED = r"norm|bias|cls_token|mask_token"
-# What layers multiply in the compute type; the head of a classifier is not among them.
-CAST_BY_LAYERS = r"(blocks/.+|embed|pred)/kernel$"
+REPLICATED = r"norm|bias|cls_token|mask_token|layer_scale"
+# What layers multiply in the compute type; the head of a classifier (head/kernel) is not among
+# them, those of a segmenter (head/fuse/kernel) are.
+CAST_BY_LAYERS = r"(blocks/.+|embed|pred|(pyramid|head|auxiliary)/.+)/kernel$"
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -11,14 +11,14 @@ from mae_jax.data.record import ArraySpec
 from mae_jax.evaluators.over_split import OverSplit, means
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import TrainState
-from mae_jax.train.task import Task
+from mae_jax.train.task import Averaging
 
 
 class Evaluation:
     """Mean metrics over the evaluation split of `inputs`, each example once; max_batches 0: all."""
 
     def __init__(
-        self, task: Task, inputs: Any, writer: MetricsWriter, shardings: Any, max_batches: int
+        self, task: Averaging, inputs: Any, writer: MetricsWriter, shardings: Any, max_batches: int
     ):
         self._inputs, self._writer, self._max_batches = inputs, writer, max_batches or None
         self._scalars = task.scalars

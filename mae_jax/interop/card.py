@@ -25,6 +25,7 @@ def write_card(
     `facts` of the training are in the order shown; `licence` replaces the general paragraph."""
     kind = "Masked autoencoder" if spec.has_decoder else "Encoder of a masked autoencoder"
     kind = "Vision Transformer image classifier" if spec.classes else kind
+    kind = "Semantic segmentation model (Vision Transformer, UperNet)" if spec.segments else kind
     facts = dict(facts)
     licence = facts.pop("licence", GENERAL_LICENCE)
     described = {
@@ -48,7 +49,18 @@ def write_card(
         described["mask ratio"] = f"{spec.mask_ratio:g}"
     if spec.mask_kind != "random":
         described["masks"] = spec.mask_kind
-    if spec.classes:
+    if spec.segments:
+        described["encoder"] += ", relative position biases and layer scales, no final norm"
+        described["head"] = f"UperNet of {spec.segment_width} channels on the outputs of blocks "
+        described["head"] += f"{', '.join(map(str, spec.segment_taps))} (from 0), "
+        described["head"] += f"{spec.classes} classes, logits of stride {spec.patch_size / 4:g}"
+        described["label maps"] = f"{spec.segment_ignore} does not count"
+        if spec.segment_zero_is_other:
+            described["label maps"] += "; nor does 0, class i of the model is i + 1"
+        if spec.segment_stride:
+            windows = f"{spec.image_size[0]} x {spec.image_size[1]}, {spec.segment_stride} apart"
+            described["larger images"] = f"windows of {windows}, mean logits"
+    elif spec.classes:
         source = {"mean": "the mean patch token", "cls": "the class token"}[spec.summary]
         described["head"] = f"{spec.classes} classes from {source}"
     if spec.class_names:

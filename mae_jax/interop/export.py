@@ -10,8 +10,9 @@ from typing import Any
 from etils import epath
 
 from mae_jax import UserError
+from mae_jax.interop.beit import export_beit
 from mae_jax.interop.card import write_card
-from mae_jax.interop.names import to_hugging_face
+from mae_jax.interop.names import HF_FILE, to_hugging_face
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
 from mae_jax.models.spec import ModelSpec
@@ -22,7 +23,7 @@ from mae_jax.storage.files import PathLike, to_path, write_atomically, write_jso
 ENCODER_FILE = "encoder.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
 OFFICIAL_FILE = "mae.safetensors"
-HF_FILE = "model.safetensors"
+SEGMENTER_FILE = "segmenter.safetensors"
 ORBAX_FOLDER = "params"
 DESCRIPTION_FILE = "description.json"
 
@@ -37,6 +38,8 @@ def export_encoder(
 ) -> epath.Path:
     """Writes the encoder, or the classifier where there is a head, as timm names it, no decoder;
     from `config.json` timm builds the model at its own image size."""
+    if spec.segments:
+        raise UserError("timm has no segmentation models: export with --format=hf or orbax")
     directory, spec = to_path(directory), spec.without_decoder()
     path = directory / (CLASSIFIER_FILE if spec.classes else ENCODER_FILE)
     tensors = to_official(params, spec, include_decoder=False)
@@ -45,6 +48,24 @@ def export_encoder(
     form = f"under the tensor names of timm and of the official MAE code ({path.name})"
     load = "import timm\n\nmodel = timm.create_model("
     load += '"local-dir:PATH_OF_THIS_FOLDER", pretrained=True)'
+    write_card(directory, spec, facts, form, load)
+    return path
+
+
+def export_segmenter(
+    params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
+) -> epath.Path:
+    """Writes a segmentation model, running `statistics` included, for this project to read."""
+    directory = to_path(directory)
+    path = directory / SEGMENTER_FILE
+    tensors = to_official(params, spec)
+    save_safetensors(path, tensors, spec.to_metadata())
+    form = f"with its encoder under the tensor names of timm's BEiT ({path.name})"
+    load = "from mae_jax.interop.checkpoint import open_checkpoint\n"
+    load += "from mae_jax.models.inference import segment_function\n\n"
+    load += f'checkpoint = open_checkpoint("{path.name}")\n'
+    load += "segment = segment_function(checkpoint.spec)\n"
+    load += 'segment(checkpoint.params(), images)["classes"]  # images are [B, H, W, C] uint8'
     write_card(directory, spec, facts, form, load)
     return path
 
@@ -77,7 +98,10 @@ def export_hugging_face(
     params: Params, directory: PathLike, spec: ModelSpec, facts: Facts
 ) -> epath.Path:
     """Writes a folder for `from_pretrained` of transformers 4 and 5: ViTMAEForPreTraining,
-    ViTMAEModel (encoder alone) or ViTForImageClassification (classifier on the class token)."""
+    ViTMAEModel (encoder alone), ViTForImageClassification (classifier on the class token) or
+    BeitForSemanticSegmentation."""
+    if spec.segments:
+        return export_beit(params, directory, spec, facts)
     config = hugging_face_config(spec)
     directory = to_path(directory)
     path = directory / HF_FILE
@@ -194,7 +218,9 @@ def hugging_face_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _require_decoder_of_others(spec: ModelSpec) -> None:
-    """UserError for a decoder that other programs do not have."""
+    """UserError for a decoder, or a head, that other programs do not have."""
+    if spec.segments:
+        raise UserError("the official code has no segmentation: export with --format=hf or orbax")
     what = f"a decoder that predicts {spec.target}"
     if spec.encoder_tokens:
         what = "a model with mask tokens in its encoder"

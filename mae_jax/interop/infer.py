@@ -38,6 +38,11 @@ def infer_spec(
         found["classes"] = tensors["head.weight"].shape[0]
         pools = ("mean",) if "fc_norm.weight" in tensors else ("cls", "normed_mean")
         found["pool"] = stated["pool"] if stated.get("pool") in pools else pools[0]
+    if "head.fuse.weight" in tensors:
+        if "segment_taps" not in stated:
+            raise UserError(f"{where}: a segmentation model, and no word on which blocks it reads")
+        found["segment_width"] = tensors["head.fuse.weight"].shape[0]
+        found["classes"] = tensors["head.classifier.weight"].shape[0]
     for field, value in found.items():
         if stated.get(field, value) != value:
             both = f"{value} in the tensors and {stated[field]} as stated"

@@ -10,7 +10,7 @@ from mae_jax import UserError
 from mae_jax.interop.adapt import change_channels, resize_patches, resize_positions
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.class_names import require_same_classes
-from mae_jax.interop.names import Tensors, is_decoder, official_name
+from mae_jax.interop.names import Tensors, is_decoder, is_head, official_name
 from mae_jax.interop.weights import Params, from_official
 from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.files import PathLike
@@ -46,10 +46,12 @@ def load_into(
     """An initialised tree with its values replaced by a checkpoint's (these are numpy arrays).
 
     Adapted are position tables, channels and patch size. A decoder, `fc_norm` and `head` that the
-    file lacks stay at their initial values, as does a head of other classes.
+    file lacks stay at their initial values, as does a head of other classes; so do the relative
+    biases, layer scales and heads of a segmenter that starts from a plain encoder.
 
     Args:
-      params: `encoder` with or without `decoder`, `fc_norm`, `head`, position tables among them.
+      params: `encoder` with or without `decoder`, `fc_norm`, `head`, position tables among them; a
+        segmenter's running `statistics` too, to get the file's.
       path, overrides: see `open_checkpoint`.
       model: describes `params`, and the checkpoint where that does not tell.
       parts: "encoder" leaves the decoder at its initial values.
@@ -68,6 +70,8 @@ def load_into(
             f"{source} holds an encoder of {_encoder_words(theirs)}; the model has "
             f"{_encoder_words(model)}. Set model.variant (or model.width, .depth, .heads) to match"
         )
+    if theirs.segments:
+        _require_same_biases(theirs, model, source)
     if "norm.weight" in wanted and "norm.weight" not in checkpoint.tensors:
         raise UserError(
             f"{source}: fine-tuned on the mean token, so it has no final norm, which this model "
@@ -79,7 +83,8 @@ def load_into(
         if model.target == "token":
             own = {name: flat[path] for name, path in wanted.items()}
             _require_same_tokenizer(checkpoint.tensors, own, source)
-    use_head = theirs.pool == model.pool and theirs.classes == model.classes
+    heads = ("pool", "classes", "segment_taps", "segment_width")
+    use_head = all(getattr(theirs, field) == getattr(model, field) for field in heads)
     if use_head and model.classes:
         try:
             note = require_same_classes(theirs.class_names, model.class_names, "the data")
@@ -90,7 +95,7 @@ def load_into(
     def usable(name: str) -> bool:
         if is_decoder(name):
             return use_decoder
-        return use_head or not name.startswith(("head.", "fc_norm."))
+        return use_head or not is_head(name)
 
     chosen = {name: x for name, x in checkpoint.tensors.items() if name in wanted and usable(name)}
     adapted = _adapt(chosen, theirs, model)
@@ -109,6 +114,22 @@ def load_into(
 
 def _encoder_words(spec: ModelSpec) -> str:
     return f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads"
+
+
+def _require_same_biases(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
+    """UserError where relative biases would be lost, or would be of another grid: there is no one
+    way to interpolate them (BEiT's is a spline on a geometric grid, transformers' is bilinear)."""
+    if not model.segments:
+        raise UserError(
+            f"{source}: its encoder has relative position biases and layer scales, which this "
+            "model has not: it serves segmentation alone. Use the weights that it was trained from"
+        )
+    if theirs.grid != model.grid:
+        sizes = f"{theirs.image_size} pixels, patches of {theirs.patch_size}"
+        raise UserError(
+            f"{source}: its relative position biases are for {theirs.grid} patches, not "
+            f"{model.grid}. Set model.image_size (and patch_size) as there: {sizes}"
+        )
 
 
 def _require_same_decoder(theirs: ModelSpec, model: ModelSpec, source: str) -> None:
@@ -156,6 +177,20 @@ def _adapt(tensors: dict[str, np.ndarray], theirs: ModelSpec, model: ModelSpec) 
 
 def _parts(names: list[str]) -> str:
     """Names in words: a decoder is one thing, not a hundred."""
-    decoder = [name for name in names if is_decoder(name)]
-    others = [name for name in names if not is_decoder(name)]
-    return ", ".join(([f"the decoder ({len(decoder)} tensors)"] if decoder else []) + others)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_group(name), []).append(name)
+    words = [f"{group} ({len(found)} tensors)" for group, found in groups.items() if group]
+    return ", ".join(words + groups.get("", []))
+
+
+def _group(name: str) -> str:
+    """What a tensor is part of that has many; "" for those that are named one by one."""
+    if is_decoder(name):
+        return "the decoder"
+    if name.endswith("relative_position_bias_table"):
+        return "relative position biases"
+    if name.endswith((".gamma_1", ".gamma_2")):
+        return "layer scales"
+    few = ("head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias")
+    return "the segmentation heads" if is_head(name) and name not in few else ""

@@ -20,9 +20,20 @@ _PREFIXES = (
     ("encoder/mask_token", "encoder_mask_token"),  # ours alone
     ("decoder/", "decoder_"),
     ("fc_norm/", "fc_norm."),
-    ("head/", "head."),
+    ("head/", "head."),  # of a segmenter too
+    ("pyramid/", "pyramid."),
+    ("auxiliary/", "auxiliary."),
     ("encoder/", ""),
 )
+# What BEiT's blocks have beside those of a plain ViT, as timm names it.
+_BLOCK_PARTS = {
+    "attn.relative_bias": "attn.relative_position_bias_table",
+    "layer_scale1": "gamma_1",
+    "layer_scale2": "gamma_2",
+}
+_STATISTICS = {"mean": "running_mean", "var": "running_var"}  # as PyTorch's batch norm
+HF_FILE = "model.safetensors"
+
 _DECODER = re.compile(r"(encoder_)?mask_token$|decoder_|target_state\.")
 
 # Hugging Face: part of a block -> official part. Two spellings are in circulation: the one on the
@@ -65,10 +76,14 @@ def official_name(path: str) -> str:
     """The official name of one of our parameters: `encoder/norm/scale` -> `norm.weight`."""
     if path.startswith("target_state/"):  # the state of a target has no name elsewhere
         return path.replace("/", ".")
+    if path.startswith("statistics/"):
+        norm, _, moment = path.removeprefix("statistics/").rpartition("/")
+        return f"{official_name(norm)}.{_STATISTICS[moment]}"
     for ours, theirs in _PREFIXES:
         if path.startswith(ours):
             name = theirs + path.removeprefix(ours)
-            return re.sub(r"\.(kernel|scale)$", ".weight", name.replace("/", "."))
+            name = re.sub(r"\.(kernel|scale)$", ".weight", name.replace("/", "."))
+            return _with_ending(name, _BLOCK_PARTS)
     raise ValueError(f"parameter {path} has no name outside this project")
 
 
@@ -76,12 +91,29 @@ def our_path(name: str) -> str:
     """The inverse of `official_name`."""
     if name.startswith("target_state."):
         return name.replace(".", "/")
+    for ours_ending, ending in _STATISTICS.items():
+        if name.endswith(f".{ending}"):
+            return f"statistics/{our_path(name.removesuffix(f'.{ending}'))}/{ours_ending}"
+    name = _with_ending(name, {theirs: ours for ours, theirs in _BLOCK_PARTS.items()})
     for ours, theirs in _PREFIXES:
         if name.startswith(theirs):
             path = (ours + name.removeprefix(theirs)).replace(".", "/")
             is_norm = "norm" in path.split("/")[-2]
             return re.sub(r"/weight$", "/scale" if is_norm else "/kernel", path)
     raise ValueError(f"tensor {name} is not one of this project's parameters")
+
+
+def _with_ending(name: str, endings: Mapping[str, str]) -> str:
+    """The name of something in a block, with its ending replaced where it is one of `endings`."""
+    for old, new in endings.items():
+        if name.startswith("blocks.") and name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    return name
+
+
+def is_head(name: str) -> bool:
+    """Whether an official name belongs to what reads the encoder's tokens, not to a decoder."""
+    return name.startswith(("head.", "fc_norm.", "pyramid.", "auxiliary."))
 
 
 def is_decoder(name: str) -> bool:

@@ -19,8 +19,9 @@ _PARTS = ("step", "params", "ema", "frozen", "extra", "statistics")
 
 
 def read_workdir(workdir: epath.Path) -> tuple[Params, ModelSpec, dict[str, Any], list[str]]:
-    """The newest whole checkpoint of a run: parameters (averages where kept, frozen ones too, batch
-    norm absorbed into a probe's head), description, facts for a card, notes."""
+    """The newest whole checkpoint of a run: parameters (averages where kept, frozen ones and a
+    segmenter's running statistics too, batch norm absorbed into a probe's head), description, facts
+    for a card, notes."""
     state, record, notes = read_newest(workdir / "checkpoints", _PARTS)
     config = record["config"]
     if config.get("task") == "tokenizer":

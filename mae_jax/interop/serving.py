@@ -13,7 +13,7 @@ from mae_jax import UserError
 from mae_jax.interop.card import write_card
 from mae_jax.interop.checkpoint import Checkpoint
 from mae_jax.interop.export import DESCRIPTION_FILE, Facts
-from mae_jax.models.inference import features_function
+from mae_jax.models.inference import features_function, segment_function
 from mae_jax.storage.files import PathLike, to_path, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -24,13 +24,13 @@ LOADER_LIBRARY = "flatbuffers.zip"
 # The file is a flatbuffer, whose offsets are 32-bit and signed in places.
 MAX_BYTES = 2**31 - 2**26
 
-_LOADER = '''"""Image features. Needs jax and numpy, nothing else.
+_LOADER = '''"""{what}. Needs jax and numpy, nothing else.
 
     import serve
-    features = serve.load()
-    features(images)  # uint8 {shape} -> {{{names}}}
+    {name} = serve.load()
+    {name}(images)  # uint8 {shape} -> {{{names}}}
 
-or `python serve.py images.npy features.npz`.
+or `python serve.py images.npy {name}.npz`.
 """
 
 import json
@@ -44,7 +44,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def load(path=HERE / "{file}"):
-    """The function in the file: uint8 images of any batch size -> dict of float32 features."""
+    """The function in the file: uint8 images of any batch size -> dict of arrays."""
     try:
         import flatbuffers  # noqa: F401  what jax.export reads its files with
     except ImportError:
@@ -68,7 +68,8 @@ if __name__ == "__main__":
 def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) -> epath.Path:
     """Writes weights and input normalisation as one function of uint8 images [b, H, W, C], any b.
 
-    It gives what `inference.features_function` does. Beside it lie a model card and a loader that
+    It gives what `inference.features_function` does, or `segment_function` where there is a
+    segmentation head. Beside it lie a model card and a loader that
     needs jax and numpy alone (it brings the 30 kB reader for the format of `jax.export`).
     """
     spec = checkpoint.spec
@@ -77,10 +78,10 @@ def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) 
     if size > MAX_BYTES:
         sizes = f"{size / 1e9:.2f} GB of weights; jax.export holds at most {MAX_BYTES / 1e9:.2f}"
         raise UserError(f"{checkpoint.source}: {sizes}. Export with --format=orbax or timm")
-    features = features_function(spec)
+    serve = segment_function(spec) if spec.segments else features_function(spec)
     (b,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *spec.image_size, spec.channels), jnp.uint8)
-    function = jax.jit(lambda images: features(params, images))
+    function = jax.jit(lambda images: serve(params, images))
     exported = jax.export.export(function, platforms=PLATFORMS)(images)
 
     directory = to_path(directory)
@@ -89,8 +90,15 @@ def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) 
     shape = f"[b, {spec.image_size[0]}, {spec.image_size[1]}, {spec.channels}]"
     outputs = exported.out_tree.unflatten(exported.out_avals)
     names = ", ".join(f'"{name}"' for name in outputs)
+    name = "segment" if spec.segments else "features"
     loader = _LOADER.format(
-        shape=shape, names=names, file=FILE, library=LOADER_LIBRARY, description=DESCRIPTION_FILE
+        what="Classes of pixels" if spec.segments else "Image features",
+        name=name,
+        shape=shape,
+        names=names,
+        file=FILE,
+        library=LOADER_LIBRARY,
+        description=DESCRIPTION_FILE,
     )
     write_atomically(directory / LOADER_FILE, loader)
     write_atomically(directory / DESCRIPTION_FILE, spec.to_json() + "\n")
@@ -98,7 +106,8 @@ def export_stablehlo(checkpoint: Checkpoint, directory: PathLike, facts: Facts) 
     form = f"as a StableHLO function ({FILE}): uint8 images {shape} to {names}; weights and input "
     form += f"normalisation are inside. Made with jax {jax.__version__}"
     load = "import serve  # serve.py of this folder; needs jax and numpy\n\n"
-    load += f'features = serve.load()\nfeatures(images)["{"logits" if spec.classes else "cls"}"]'
+    output = "classes" if spec.segments else "logits" if spec.classes else "cls"
+    load += f'{name} = serve.load()\n{name}(images)["{output}"]'
     write_card(directory, spec, facts, form, load)
     return path
 

@@ -16,7 +16,8 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 def save_safetensors(path: PathLike, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Writes one file, which appears complete or not at all."""
-    contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    # Not ascontiguousarray, which makes a number a vector of one.
+    contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     with complete_or_absent(path) as temporary:
         try:
             safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))

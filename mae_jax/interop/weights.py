@@ -16,7 +16,8 @@ Params = dict[str, Any]
 def to_official(
     params: Params, spec: ModelSpec, *, include_decoder: bool = True
 ) -> dict[str, np.ndarray]:
-    """Parameters of `MAE` or a classifier -> official tensors; `include_decoder` False is for timm.
+    """Parameters of `MAE`, a classifier or a segmenter (with its `statistics`) -> official tensors;
+    `include_decoder` False is for timm.
 
     Linear weights are [out, in], the patch convolution is [D, C, p, p], all float32. The position
     tables, which official files store, are those of the tree, or the fixed sine-cosine table.
@@ -49,9 +50,17 @@ def _renamed(params: Params, spec: ModelSpec) -> dict[str, Any]:
             p = spec.patch_size
             x = x.reshape(p, p, spec.channels, -1).transpose(3, 2, 0, 1)
         elif path.endswith("/kernel") and not path.startswith("target_state/"):
-            x = x.T  # [in, out] -> [out, in]
+            x = x.transpose(_to_torch(path, x.ndim))
         tensors[name] = x
     return tensors
+
+
+def _to_torch(path: str, ndim: int) -> tuple[int, ...]:
+    """The order of a kernel's axes in PyTorch: [out, in], of convolutions [out, in, h, w], and of
+    transposed ones [in, out, h, w]; here these are [in, out] and [h, w, in, out]."""
+    if ndim == 4:
+        return (2, 3, 0, 1) if path.startswith("pyramid/") else (3, 2, 0, 1)
+    return (1, 0)
 
 
 def from_official(tensors: Tensors) -> Params:
@@ -63,6 +72,6 @@ def from_official(tensors: Tensors) -> Params:
         if name == "patch_embed.proj.weight":
             x = x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])  # [D, C, p, p] -> [p*p*C, D]
         elif path.endswith("/kernel") and not path.startswith("target_state/"):
-            x = x.T
+            x = x.transpose(np.argsort(_to_torch(path, x.ndim)))
         flat[path] = np.ascontiguousarray(x)
     return unflatten_dict(flat, sep="/")

@@ -4,7 +4,9 @@ import dataclasses
 
 from mae_jax.models.mae import MAE, LinearHead
 from mae_jax.models.masking import num_kept
+from mae_jax.models.segmenter import Segmenter
 from mae_jax.models.spec import ModelSpec
+from mae_jax.models.upernet import AUXILIARY_WIDTH, POOL_SIZES
 from mae_jax.models.vit import MLP_RATIO, ViT
 
 
@@ -46,6 +48,19 @@ def spec_forward_macs(spec: ModelSpec) -> int:
         return encoder_forward_macs(spec.encoder())
     kept = num_kept(spec.grid[0] * spec.grid[1], spec.mask_ratio)
     return mae_forward_macs(dataclasses.replace(spec, target="pixel").mae(), kept)
+
+
+def segmenter_forward_macs(model: Segmenter) -> int:
+    """Multiply-adds of one image through the encoder, the pyramid and both heads of UperNet."""
+    d, c, classes = model.encoder.width, model.width, model.classes
+    tokens = model.encoder.grid[0] * model.encoder.grid[1]
+    levels = [16 * tokens, 4 * tokens, tokens, tokens // 4]  # pixels of the pyramid's maps
+    pyramid = tokens * 4 * d * d + levels[1] * 4 * d * d + tokens * 4 * d * d  # transposed
+    pooling = sum(side * side for side in POOL_SIZES) * d * c
+    pooling += levels[3] * 9 * (d + len(POOL_SIZES) * c) * c
+    head = sum(levels[:3]) * (d * c + 9 * c * c) + levels[0] * (9 * 4 * c * c + c * classes)
+    auxiliary = tokens * (9 * d * AUXILIARY_WIDTH + AUXILIARY_WIDTH * classes)
+    return encoder_forward_macs(model.encoder) + pyramid + pooling + head + auxiliary
 
 
 def train_flops(forward_macs: int, tuned_macs: int | None = None) -> int:

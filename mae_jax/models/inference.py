@@ -11,8 +11,10 @@ from mae_jax import UserError
 from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.mae import MAE
 from mae_jax.models.masking import Masking
-from mae_jax.models.patches import denormalize, normalize, unpatchify
+from mae_jax.models.patches import denormalize, normalize, normalize_shown, unpatchify
+from mae_jax.models.segmenter import segmenter_variables
 from mae_jax.models.spec import ModelSpec
+from mae_jax.models.upernet import resize
 
 Params = dict[str, Any]
 Features = dict[str, jax.Array]
@@ -38,12 +40,14 @@ def features_function(
     They are {"cls": [B, D], "mean": [B, D] over patches, "tokens": [B, 1 + L, D]}, and "logits"
     [B, K] where there is a head and all blocks run. Where the head has a norm of its own
     (`fc_norm`), "mean" has passed it. The final norm follows whichever block is the last (as timm's
-    `forward_intermediates(norm=True)`); weights fine-tuned on the mean token have none.
+    `forward_intermediates(norm=True)`); weights fine-tuned on the mean token, or for segmentation,
+    have none.
     """
     if not 0 <= block <= spec.depth:
         raise UserError(f"block {block}: the encoder has blocks 1 to {spec.depth}")
     encoder = spec.encoder(depth=block, dtype=dtype, position_params=True)
-    head = spec.classifier(dtype=dtype) if spec.classes and block in (0, spec.depth) else None
+    has_head = spec.classes and not spec.segments and block in (0, spec.depth)
+    head = spec.classifier(dtype=dtype) if has_head else None
 
     def features(params: Params, images: jax.Array) -> Features:
         x = normalize(images, spec.mean, spec.std)
@@ -60,6 +64,39 @@ def features_function(
         return values | ({"mean": seen["fc_norm"]} if "fc_norm" in seen else {})
 
     return features
+
+
+def segment_function(
+    spec: ModelSpec, dtype: jnp.dtype = jnp.float32
+) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
+    """(parameters with running `statistics`, images [B, H, W, C] uint8) -> {"logits": [B, 4h, 4w,
+    K] float32 for h x w patches, "classes": [B, H, W] int32, the best one of each pixel}."""
+    model = spec.segmenter(dtype=dtype)
+
+    def best(logits: jax.Array) -> jax.Array:
+        return resize(logits, spec.image_size).argmax(axis=-1).astype(jnp.int32)
+
+    def segment(params: Params, images: jax.Array) -> dict[str, jax.Array]:
+        variables = segmenter_variables(params)
+        logits, _ = model.apply(variables, normalize(images, spec.mean, spec.std))
+        # An image at a time: logits of all pixels are sixteen times as many.
+        return {"logits": logits, "classes": jax.lax.map(best, logits)}
+
+    return segment
+
+
+def window_function(
+    spec: ModelSpec, dtype: jnp.dtype = jnp.float32
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """(parameters with running `statistics`, windows [B, H, W, C] uint8, sizes [B, 2] of what each
+    shows, in its upper left) -> logits [B, 4h, 4w, K] float32 for h x w patches."""
+    model = spec.segmenter(dtype=dtype)
+
+    def logits(params: Params, images: jax.Array, size: jax.Array) -> jax.Array:
+        x = normalize_shown(images, size, spec.mean, spec.std)
+        return model.apply(segmenter_variables(params), x)[0]
+
+    return logits
 
 
 def _pooled(tokens: jax.Array) -> Features:

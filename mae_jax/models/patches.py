@@ -8,6 +8,16 @@ import numpy as np
 
 
 @jax.named_scope("images")
+def normalize_shown(
+    images: jax.Array, size: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+    """As `normalize`, and 0 beyond `size` [B, 2], the height and width of what images show before
+    they were padded right and below."""
+    rows = jnp.arange(images.shape[1])[None, :, None, None] < size[:, 0, None, None, None]
+    columns = jnp.arange(images.shape[2])[None, None, :, None] < size[:, 1, None, None, None]
+    return jnp.where(rows & columns, normalize(images, mean, std), 0)
+
+
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Images [B, H, W, C] uint8 -> float32, with C statistics of pixels in [0, 1] taken out."""
     return (images.astype(jnp.float32) / 255.0 - np.float32(mean)) / np.float32(std)

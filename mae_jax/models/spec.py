@@ -13,6 +13,7 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.models.dvae import STRIDE
 from mae_jax.models.mae import MAE, Decoder, LinearHead
 from mae_jax.models.masking import KINDS, Masking, sample_masking
+from mae_jax.models.segmenter import DROPOUT, Segmenter, default_taps
 from mae_jax.models.targets import TARGETS
 from mae_jax.models.targets.base import LOSSES
 from mae_jax.models.vit import VARIANTS, ViT
@@ -28,6 +29,7 @@ DECODERS = ("blocks", "linear")
 OF_A_DECODER = ("decoder_width", "decoder_depth", "decoder_heads", "decoder_kind")
 OF_A_DECODER = (*OF_A_DECODER, "encoder_tokens", "mask_kind", "mask_unit", "loss")
 MASK_FIELDS = ("kind", "ratio", "unit")  # of `config.mask`
+SEGMENT_FIELDS = ("stride", "ignore", "zero_is_other")  # of `config.segment`, beside the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,11 @@ class ModelSpec:
     mask_kind: str = "random"  # a name in `models.masking.KINDS`
     mask_unit: int = 0  # pixels, the side of the squares that are removed; 0: a patch
     loss: str = "l2"  # of what the decoder predicts
+    segment_taps: tuple[int, ...] = ()  # blocks, from 0, that a segmentation head reads; or no head
+    segment_width: int = 0  # channels of that head; it has `classes` and no `pool`
+    segment_stride: int = 0  # pixels between the windows in which larger images are scored
+    segment_ignore: int = 255  # the label of pixels that do not count
+    segment_zero_is_other: bool = False  # label maps count classes from 1, 0 does not count
 
     def __post_init__(self) -> None:
         p, width, heads = self.patch_size, self.decoder_width, self.decoder_heads
@@ -78,6 +85,18 @@ class ModelSpec:
             raise UserError(f"mean {self.mean} and std {self.std} need {needed}")
         if self.class_names and len(self.class_names) != self.classes:
             raise UserError(f"{len(self.class_names)} class names for {self.classes} classes")
+        if self.segments:
+            self._check_segmenter()
+
+    def _check_segmenter(self) -> None:
+        taps, last = self.segment_taps, self.depth - 1
+        if len(taps) != 4 or not all(0 <= tap <= last for tap in taps):
+            raise UserError(f"segment taps {taps}: give four blocks, each one of 0 to {last}")
+        if self.segment_width < 1 or self.classes < 1 or self.pool:
+            head = f"width {self.segment_width}, {self.classes} classes, pool {self.pool!r}"
+            raise UserError(f"segmentation head of {head}: give a width and classes, no pool")
+        if min(self.grid) < 2:
+            raise UserError(f"segmentation needs 2 x 2 patches at least, an image has {self.grid}")
 
     @classmethod
     def from_config(
@@ -102,6 +121,14 @@ class ModelSpec:
             dvae = config["dvae"]
             own = {"tokenizer": (dvae["codes"], dvae["width"], dvae["blocks"], 1)}
             model = {**model, "patch_size": STRIDE}
+        elif classes and task == "segment":
+            segment = config["segment"]
+            taps, head_width = tuple(segment["taps"]), segment["width"]
+            own = {"segment_taps": default_taps(model["depth"] or shape.depth)}
+            own |= {"segment_taps": taps} if taps != (-1,) else {}
+            own["segment_width"] = head_width or model["width"] or shape.width
+            own |= {f"segment_{name}": segment[name] for name in SEGMENT_FIELDS}
+            own |= {"classes": classes, "class_names": tuple(class_names)}
         elif classes:
             pool = config["head"]["pool"]
             if task == "linear_probe" and pool == "mean":
@@ -130,6 +157,12 @@ class ModelSpec:
         return self.decoder_depth > 0 or self.decoder_kind == "linear"
 
     @property
+    def segments(self) -> bool:
+        """Whether there is a segmentation head, on an encoder with relative biases, layer scales
+        and no final norm."""
+        return bool(self.segment_taps)
+
+    @property
     def summary(self) -> str:
         """The feature that stands for an image, `cls` or `mean`: what the head reads, else cls."""
         return "mean" if self.pool.endswith("mean") else "cls"
@@ -154,7 +187,9 @@ class ModelSpec:
     def encoder(self, *, depth: int = 0, **how: Any) -> ViT:
         """The encoder, or its first `depth` blocks, and the final norm if the model has one."""
         # A head that reads the mean token has a norm of its own instead of the encoder's.
-        norm = self.pool != "mean"
+        norm = self.pool != "mean" and not self.segments
+        if self.segments:
+            how = {"relative_bias": True, "layer_scale": True, **how}
         size = (self.image_size, self.patch_size, self.channels)
         return ViT(*size, self.width, depth or self.depth, self.heads, final_norm=norm, **how)
 
@@ -181,11 +216,26 @@ class ModelSpec:
         """The encoder with its head; position tables are parameters. UserError without a head."""
         if not self.classes:
             raise UserError("these weights have no head: fine-tune or probe them first")
+        if self.segments:
+            raise UserError("these weights label pixels, not images: they have no classifier")
         encoder = self.encoder(position_params=True, **how)
         return Classifier(encoder, self.classes, self.pool, head_std)
 
+    def segmenter(
+        self, *, axis_names: tuple[str, ...] = (), dropout: float = DROPOUT, **how: Any
+    ) -> Segmenter:
+        """The encoder with its segmentation head; UserError without one. `axis_names` and `dropout`
+        are those of `Segmenter`."""
+        if not self.segments:
+            raise UserError("these weights have no segmentation head: train one (task segment)")
+        encoder = self.encoder(position_params=True, taps=self.segment_taps, **how)
+        return Segmenter(
+            encoder, self.classes, self.segment_width, encoder.dtype, axis_names, dropout
+        )
+
     def abstract_params(self) -> dict[str, Any]:
-        """Shapes of the parameters, the position tables among them."""
+        """Shapes of the parameters, the position tables among them, and of a segmenter's running
+        `statistics`."""
         key = jax.random.key(0)
         images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
         if self.has_decoder:  # shapes depend neither on heads nor on the mask
@@ -193,6 +243,9 @@ class ModelSpec:
             model = dataclasses.replace(self, **known).mae(position_params=True)
             ids = jnp.zeros((1, self.grid[0] * self.grid[1]), jnp.int32)
             return jax.eval_shape(model.init, key, images, Masking(ids[:, :1], ids, ids))["params"]
+        if self.segments:
+            variables = jax.eval_shape(self.segmenter().init, key, images)
+            return {**variables["params"], "statistics": variables["statistics"]}
         if self.classes:
             return jax.eval_shape(self.classifier().init, key, images)["params"]
         encoder = self.encoder(position_params=True)

@@ -113,6 +113,30 @@ def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def relative_bias(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """What attention of each pair of tokens of a grid [H, W] gets added: [heads, 1 + L, 1 + L].
+
+    The table [(2H-1)(2W-1) + 3, heads] is BEiT's (arXiv 2106.08254): row (dy + H - 1) (2W - 1) +
+    (dx + W - 1) for a query dy rows below and dx columns right of its key; the last three are of
+    the class token as query, as key, and as both.
+
+    The biases of a query are one slice of those by distance, once columns are sorted: no gather,
+    whose gradient would be a scatter of L^2 rows, and long rows, which accelerators do not pad.
+    """
+    (h, w), heads = grid, table.shape[1]
+    x = table[:-3].reshape(2 * h - 1, 2 * w - 1, heads)[::-1, ::-1]  # by key minus query
+    x = x.transpose(2, 0, 1)  # [heads, 2H-1, 2W-1]
+    x = jnp.stack([x[:, :, w - 1 - i : 2 * w - 1 - i] for i in range(w)], axis=1)
+    x = x.reshape(heads, w, (2 * h - 1) * w)  # by column of the query; distance in rows and column
+    x = jnp.stack([x[:, :, (h - 1 - i) * w : (2 * h - 1 - i) * w] for i in range(h)], axis=1)
+    x = x.reshape(heads, h * w, h * w)
+    as_query, as_key, as_both = (table[i][:, None, None] for i in (-3, -2, -1))
+    as_query = jnp.broadcast_to(as_query, (heads, 1, h * w))
+    as_key = jnp.broadcast_to(as_key, (heads, h * w, 1))
+    first = jnp.concatenate([as_both, as_query], axis=2)  # [heads, 1, 1 + L]
+    return jnp.concatenate([first, jnp.concatenate([as_key, x], axis=2)], axis=1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, its parameters those of one fused query-key-value projection.
 
@@ -124,6 +148,7 @@ class Attention(nn.Module):
     heads: int
     dtype: jnp.dtype
     result: jnp.dtype
+    bias_grid: tuple[int, int] | None = None  # of the tokens, where there are relative biases
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -134,7 +159,13 @@ class Attention(nn.Module):
         bias = bias.astype(self.dtype).reshape(3, self.heads, head_dim)
         # [B, N, heads, head_dim] each
         q, k, v = (product(x, kernel[:, i], self.dtype) + bias[i] for i in range(3))
-        x = attention(q, k, v)  # [B, N, heads, head_dim]
+        relative = None
+        if self.bias_grid:
+            h, w = self.bias_grid
+            shape = ((2 * h - 1) * (2 * w - 1) + 3, self.heads)
+            table = self.param("relative_bias", nn.initializers.zeros, shape)
+            relative = relative_bias(jnp.asarray(table, jnp.float32), self.bias_grid)
+        x = attention(q, k, v, relative)  # [B, N, heads, head_dim]
         kernel, bias = Linear(d, name="proj")(d)
         kernel = kernel.astype(self.dtype).reshape(self.heads, head_dim, d)
         return product(x, kernel, self.result, contracted=2) + bias.astype(self.result)  # [B, N, D]
@@ -166,20 +197,27 @@ def drop_path_scale(keys: jax.Array, depth: int, rate: float) -> jax.Array:
 
 class Block(nn.Module):
     """Pre-norm transformer block; `path_scale` [2, B] multiplies what its two branches, computed in
-    `dtype`, add to x; the sum keeps the type of x."""
+    `dtype`, add to x, and so do the layer scales [D] where it has them; the sum keeps the type of
+    x."""
 
     heads: int
     dtype: jnp.dtype
+    bias_grid: tuple[int, int] | None = None
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
         def add(x: jax.Array, y: jax.Array, branch: int) -> jax.Array:
+            if self.layer_scale:
+                shape = (x.shape[-1],)
+                y = y * self.param(f"layer_scale{branch + 1}", nn.initializers.ones, shape)
             if path_scale is not None:  # float32: the product is rounded, not the factor
                 y = y * path_scale[branch][:, None, None]
             return x + y.astype(x.dtype)
 
         y = layer_norm(self.dtype, "norm1")(x)
-        x = add(x, Attention(self.heads, self.dtype, x.dtype, name="attn")(y), 0)
+        attn = Attention(self.heads, self.dtype, x.dtype, self.bias_grid, name="attn")
+        x = add(x, attn(y), 0)
         y = layer_norm(self.dtype, "norm2")(x)
         return add(x, Mlp(self.dtype, x.dtype, name="mlp")(y), 1)
 
@@ -193,6 +231,9 @@ class Blocks(nn.Module):
       remat: what the backward pass recomputes: nothing, `dots` all but the results of matrix
         products with weights, `full` everything inside a block.
       frozen: so many blocks at the start get no gradients and drop no paths.
+      bias_grid: height and width of the tokens, where blocks have relative position biases.
+      layer_scale: whether blocks scale their branches by learnt vectors.
+      taps: blocks, counted from 0, whose outputs are returned in place of the last one's.
     """
 
     depth: int
@@ -201,26 +242,42 @@ class Blocks(nn.Module):
     stacking: str = "unrolled"
     remat: str = "none"
     frozen: int = 0
+    bias_grid: tuple[int, int] | None = None
+    layer_scale: bool = False
+    taps: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
-        """Runs x [B, N, D] through the stack; `path_scale` as `drop_path_scale` gives it."""
+    def __call__(
+        self, x: jax.Array, path_scale: jax.Array | None = None
+    ) -> jax.Array | tuple[jax.Array, ...]:
+        """Runs x [B, N, D] through the stack; `path_scale` as `drop_path_scale` gives it. With
+        `taps` the tokens [B, N, D] after each of these."""
+        how = (self.heads, self.dtype, self.bias_grid, self.layer_scale)
+        seen = {}  # blocks done -> tokens
         if self.is_initializing():
             for i in range(self.depth):
-                x = Block(self.heads, self.dtype, name=str(i))(x)
-            return x
-
-        params = [self.variables["params"][str(i)] for i in range(self.depth)]
-        if self.frozen:
-            x = jax.lax.stop_gradient(self._run(x, params[: self.frozen], None, "none"))
-            path_scale = None if path_scale is None else path_scale[self.frozen :]
-        return self._run(x, params[self.frozen :], path_scale, self.remat)
+                seen[i + 1] = x = Block(*how, name=str(i))(x)
+        else:
+            params = [self.variables["params"][str(i)] for i in range(self.depth)]
+            block, done = Block(*how, parent=None), 0
+            for stop in sorted({self.frozen, self.depth, *(tap + 1 for tap in self.taps)} - {0}):
+                part = params[done:stop]
+                if stop <= self.frozen:
+                    x = jax.lax.stop_gradient(self._run(block, x, part, None, "none"))
+                else:
+                    scale = None if path_scale is None else path_scale[done:stop]
+                    x = self._run(block, x, part, scale, self.remat)
+                seen[stop], done = x, stop
+        return tuple(seen[tap + 1] for tap in self.taps) if self.taps else x
 
     def _run(
-        self, x: jax.Array, params: list[dict], path_scale: jax.Array | None, remat: str
+        self,
+        block: Block,
+        x: jax.Array,
+        params: list[dict],
+        path_scale: jax.Array | None,
+        remat: str,
     ) -> jax.Array:
-        block = Block(self.heads, self.dtype, parent=None)
-
         def run(x: jax.Array, params: dict, path_scale: jax.Array | None) -> jax.Array:
             return block.apply({"params": params}, x, path_scale)
 
@@ -228,16 +285,18 @@ class Blocks(nn.Module):
             # Outside a loop the compiler would merge what is computed again with the first time.
             prevent_cse = self.stacking == "unrolled"
             run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
-        if self.stacking == "unrolled" or not params:
+        if self.stacking == "unrolled":
             run = jax.jit(run, inline=True)  # traced once for all; the program is the same
             for i, p in enumerate(params):
                 x = run(x, p, None if path_scale is None else path_scale[i])
             return x
+
         # Matrices are used in the compute type anyway; stacking them in it halves the copy.
-        stacked = jax.tree.map(
-            lambda *leaves: jnp.stack([p.astype(self.dtype) if p.ndim > 1 else p for p in leaves]),
-            *params,
-        )
+        def stack(path: tuple, *leaves: jax.Array) -> jax.Array:
+            cast = path[-1].key == "kernel"
+            return jnp.stack([p.astype(self.dtype) if cast else p for p in leaves])
+
+        stacked = jax.tree_util.tree_map_with_path(stack, *params)
         x, _ = jax.lax.scan(lambda x, xs: (run(x, *xs), None), x, (stacked, path_scale))
         return x
 
@@ -258,6 +317,10 @@ class ViT(nn.Module):
     position_params: bool = False  # positions are a parameter that starts as the sine-cosine table
     final_norm: bool = True  # False leaves the last layer norm to whoever pools the tokens
     frozen_blocks: int = 0
+    # What BEiT adds (arXiv 2106.08254), for dense tasks; as initialised they change no number.
+    relative_bias: bool = False  # each block has a table of biases by the distance of two patches
+    layer_scale: bool = False  # each block has factors of its branches, one a channel
+    taps: tuple[int, ...] = ()  # blocks, from 0, whose outputs are wanted, instead of the last's
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -271,8 +334,9 @@ class ViT(nn.Module):
         ids_keep: jax.Array | None = None,
         path_scale: jax.Array | None = None,
         mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Tokens [B, 1 + K, D] in the residual type, the class token first.
+    ) -> jax.Array | tuple[jax.Array, ...]:
+        """Tokens [B, 1 + K, D] in the residual type, the class token first; with `taps` those after
+        each of these blocks, without the final norm.
 
         Images are [B, H, W, C] float, normalised; `ids_keep` [B, K] the patches to encode (None:
         all L in order); `path_scale` [depth, 2, B] is `drop_path_scale`'s (None drops nothing);
@@ -282,6 +346,8 @@ class ViT(nn.Module):
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected} (H, W, C)")
+        if self.relative_bias and ids_keep is not None:
+            raise ValueError("relative biases are of whole images, not of some of their patches")
         positions = sincos_position_table(self.width, self.grid)  # [1 + L, D]
         if self.position_params:
             positions = self.param("pos_embed", lambda _: jnp.asarray(positions)[None])[0]
@@ -303,5 +369,7 @@ class ViT(nn.Module):
         cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + K, D]
         how = (self.dtype, self.stacking, self.remat, self.frozen_blocks)
+        how += (self.grid if self.relative_bias else None, self.layer_scale, self.taps)
         x = Blocks(self.depth, self.heads, *how, name="blocks")(x, path_scale)
-        return layer_norm(self.residual_dtype, "norm")(x) if self.final_norm else x
+        with_norm = self.final_norm and not self.taps
+        return layer_norm(self.residual_dtype, "norm")(x) if with_norm else x

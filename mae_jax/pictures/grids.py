@@ -43,11 +43,11 @@ def reconstruction_grid(
     if pixels is not None:
         shown["predicted patches"] = np.where(removed, pixels, np.uint8(GREY))
         shown["predicted + visible"] = pixels
-    captions = [_short(name) for name in names]
+    captions = [short_name(name) for name in names]
     if loss is not None:
         title = f"{title}   mean loss {loss.mean():.4f}"
         captions = [f"{x}   loss {value:.4f}" for x, value in zip(captions, loss, strict=True)]
-    return _sheet(
+    return sheet_of(
         np.stack(list(shown.values()), axis=1),
         [[[(caption, BLACK)]] for caption in captions],
         title=title,
@@ -58,7 +58,7 @@ def reconstruction_grid(
 
 def image_grid(images: np.ndarray, title: str, columns: int = 8) -> np.ndarray:
     """Images [B, H, W, C] uint8 side by side, `columns` in a row."""
-    return _sheet(*_in_rows(images, [[]] * len(images), columns), title=title)
+    return sheet_of(*_in_rows(images, [[]] * len(images), columns), title=title)
 
 
 def prediction_grid(
@@ -79,7 +79,7 @@ def prediction_grid(
     best = probabilities.argmax(axis=1)  # [B]
     lines = [
         [
-            (_short(name), FAINT),
+            (short_name(name), FAINT),
             (f"is {classes[label]}", BLACK),
             (f"taken for {classes[k]} ({scores[k]:.0%})", GREEN if k == label else RED),
         ]
@@ -87,10 +87,10 @@ def prediction_grid(
     ]
     title = f"{title}   {(best == labels).sum()} of {len(labels)} right"
     pictures, lines = _in_rows(images, lines, columns)
-    return _sheet(pictures, lines, title=title, min_side=2 * MIN_SIDE)
+    return sheet_of(pictures, lines, title=title, min_side=2 * MIN_SIDE)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A record's name without the folders a file lies in."""
     start, bracket, path = name.rpartition("(")
     return start.rpartition("/")[2] + bracket + path.rpartition("/")[2]
@@ -108,7 +108,7 @@ def _in_rows(
     return pictures, [lines[start : start + columns] for start in range(0, len(lines), columns)]
 
 
-def _sheet(
+def sheet_of(
     pictures: np.ndarray,
     lines: list[list[list[Line]]],
     *,
@@ -140,7 +140,7 @@ def _sheet(
 
     def write(texts: Sequence[Line], left: int, y: int, room: int) -> None:
         for number, (text, colour) in enumerate(texts):
-            draw.text((left, y + number * LINE), _fitting(text, room), fill=colour, font=FONT)
+            draw.text((left, y + number * LINE), fitting(text, room), fill=colour, font=FONT)
 
     write(header, GAP, GAP, whole)
     for index in range(count):
@@ -170,7 +170,7 @@ def _wrapped(text: str, room: int) -> list[str]:
     return lines
 
 
-def _fitting(text: str, room: int) -> str:
+def fitting(text: str, room: int) -> str:
     """The text, without its middle where it is longer than `room` pixels."""
     short, kept = text, len(text)
     while kept > 2 and FONT.getlength(short) > room:

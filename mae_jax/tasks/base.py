@@ -15,6 +15,7 @@ from mae_jax.augment.pixels import example_keys
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
+from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.export import export_encoder
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import ViT, sincos_position_table
@@ -63,7 +64,8 @@ class BaseTask:
         self.flip = config.data.flip
         self.accumulate = config.optim.accumulate
         self.ema_decay = config.optim.ema
-        self.schedule = optimizers.warmup_cosine(
+        self.schedule = optimizers.warmup_then(
+            config.optim.schedule,
             base_lr=config.optim.base_lr,
             batch_size=config.batch_size,
             warmup_steps=config_lib.warmup_steps(config, examples),
@@ -104,6 +106,12 @@ class BaseTask:
     def scalars(self, means: dict[str, Any]) -> dict[str, float]:
         """The means as they are."""
         return means
+
+    def evaluation(
+        self, inputs: Any, writer: MetricsWriter, shardings: Any, max_batches: int
+    ) -> Evaluation:
+        """Means of `eval_step` over the evaluation split."""
+        return Evaluation(self, inputs, writer, shardings, max_batches)
 
     def inputs(self, data: Splits, state: TrainState, workdir: epath.Path) -> Any:
         """The data as they are."""

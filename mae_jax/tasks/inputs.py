@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -11,6 +12,8 @@ from mae_jax import config as config_lib
 from mae_jax.data.color_jitter import ColorJitter
 from mae_jax.data.order import Windows
 from mae_jax.data.randaugment import parse_randaugment
+from mae_jax.data.record import Source
+from mae_jax.data.segmentation import SegmentEvalTransform, SegmentTrainTransform
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes
 from mae_jax.data.transforms import EvalTransform, TrainTransform
@@ -31,8 +34,13 @@ def tokenizer_shape(path: str, channels: int, workdir: epath.Path | None = None)
 def open_splits(config: ConfigDict) -> Splits:
     """The two splits of `config.data`; raises UserError for missing data or unfit labels."""
     data, size = config.data, config_lib.image_size(config)
-    train = open_source(data.name, data.dir, data.train_split)
-    evaluation = open_source(data.name, data.dir, data.eval_split)
+    label_maps = config.task in config_lib.SEGMENT
+    train, evaluation = (
+        open_source(data.name, data.dir, split, segmentation=label_maps)
+        for split in (data.train_split, data.eval_split)
+    )
+    if label_maps:
+        return _segmentation_splits(config, train, evaluation)
     classes = None
     if config.task in config_lib.LABELS:
         need = f"task {config.task} learns from labels: choose a labelled data set"
@@ -56,9 +64,65 @@ def open_splits(config: ConfigDict) -> Splits:
             color_jitter=ColorJitter(jitter) if jitter else None,
         ),
         eval_transform=EvalTransform(size, config.model.channels, data.eval_crop or None),
-        seed=config.seed,
-        batch_size=config.batch_size,
         classes=classes,
-        windows=Windows(data.window, data.pool) if data.order == "windowed" else None,
-        **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch", "repeat")},
+        **_loading(config),
     )
+
+
+def _segmentation_splits(config: ConfigDict, train: Source, evaluation: Source) -> Splits:
+    """Splits of pictures with label maps; `classes`, of pictures, they have none."""
+    data, segment = config.data, config.segment
+    classes = pixel_classes(config, train, evaluation)
+    what = {
+        "size": config_lib.image_size(config),
+        "classes": classes,
+        "channels": config.model.channels,
+        "ignore": segment.ignore,
+        "zero_is_other": segment.zero_is_other,
+    }
+    stride = config_lib.segment_stride(config)
+    return Splits(
+        train=train,
+        eval=evaluation,
+        train_transform=SegmentTrainTransform(
+            **what,
+            scale=tuple(segment.scale),
+            flip=data.flip,
+            photometric=segment.photometric,
+            resize=data.resize,
+        ),
+        eval_transform=SegmentEvalTransform(
+            **what,
+            stride=(stride, stride),
+            scales=tuple(segment.eval_scales),
+            flip=segment.eval_flip,
+        ),
+        classes=None,
+        pixel_classes=classes,
+        **_loading(config),
+    )
+
+
+def pixel_classes(config: ConfigDict, train: Source, evaluation: Source) -> int:
+    """How many classes label maps have; UserError where nobody says, or not all say the same."""
+    if train.class_names != evaluation.class_names:
+        raise UserError(f"data.eval_split: its classes are not those of {train.split}")
+    named, given = train.num_classes, config.head.classes
+    if not (named or given):
+        what = f"{train.name} does not say how many classes its label maps have"
+        raise UserError(f"{what}: put classes.txt beside them, a name a line, or give head.classes")
+    if named and given not in (0, named):
+        what = f"head.classes = {given}, but {train.name} has {named} classes"
+        raise UserError(f"{what}; 0 takes the data set's")
+    return named or given
+
+
+def _loading(config: ConfigDict) -> dict[str, Any]:
+    """What `Splits` takes from the config whatever the records hold."""
+    data = config.data
+    return {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "windows": Windows(data.window, data.pool) if data.order == "windowed" else None,
+        **{k: data[k] for k in ("bad_records", "workers", "threads", "prefetch", "repeat")},
+    }

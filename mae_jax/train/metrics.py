@@ -13,7 +13,10 @@ from mae_jax.storage.files import (
     read_json_lines,
     to_path,
     write_atomically,
+    write_json,
 )
+
+CLASSES_FILE = "classes.json"  # of the last evaluation: {"step", "classes": {name: scores}}
 
 
 class MetricsWriter:
@@ -50,6 +53,11 @@ class MetricsWriter:
         append_line(self._path, json.dumps({"step": step, **values}))
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, scalars)
+
+    def write_classes(self, step: int, classes: dict[str, dict[str, float | None]]) -> None:
+        """Keeps what each class scored after `step` steps, in place of what was kept before."""
+        if self._path is not None:
+            write_json(self._path.with_name(CLASSES_FILE), {"step": step, "classes": classes})
 
     def close(self) -> None:
         """Flushes what TensorBoard is to show."""

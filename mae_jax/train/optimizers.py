@@ -12,21 +12,33 @@ import optax
 from mae_jax import UserError
 from mae_jax.distributed.sharding import path_name
 
+SCHEDULES = ("cosine", "linear")
 Mask = Callable[[optax.Params], optax.Params]
 
 
-def warmup_cosine(
-    *, base_lr: float, batch_size: int, warmup_steps: int, total_steps: int, min_lr: float = 0.0
+def warmup_then(
+    decay: str,
+    *,
+    base_lr: float,
+    batch_size: int,
+    warmup_steps: int,
+    total_steps: int,
+    min_lr: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warm-up from exactly 0 to base_lr * batch_size / 256, then half a cosine to `min_lr`;
-    UserError where the warm-up is as long as the run or longer."""
+    """Linear warm-up from exactly 0 to base_lr * batch_size / 256, then half a cosine or a line
+    (mmsegmentation's "poly" of power 1) to `min_lr`; UserError where the warm-up is as long as the
+    run or longer."""
     if warmup_steps >= total_steps:
         raise UserError(
             f"the warm-up takes {warmup_steps} of {total_steps} steps: lower optim.warmup_epochs "
             "(or optim.warmup_steps), or train longer"
         )
     peak = base_lr * batch_size / 256
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, min_lr)
+    if decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, min_lr)
+    rise = optax.linear_schedule(0.0, peak, warmup_steps)
+    fall = optax.linear_schedule(peak, min_lr, total_steps - warmup_steps)
+    return optax.join_schedules([rise, fall], [warmup_steps])
 
 
 def decays(params: optax.Params) -> optax.Params:

@@ -20,7 +20,9 @@ class TrainState:
     params: Any  # what is trained
     opt_state: Any
     ema: Any  # moving average of `params`, or None
-    frozen: Any = None  # parameters that no update changes, or None; not in `opt_state`
+    # Beside them, or None: what no gradient changes, not in `opt_state`: frozen parameters, and the
+    # running statistics of a segmenter.
+    frozen: Any = None
     # Further trees by name, such as running statistics of batch norm ("statistics"); laid out,
     # saved and handed to the loss with the rest.
     extra: dict[str, Any] = flax.struct.field(default_factory=dict)

@@ -38,11 +38,8 @@ class Task(Protocol):
     def train_step(self, state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         """One update; metrics are means."""
 
-    def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
-        """Sums over batch number `index`, each example times its "weight" [B], with their count."""
-
-    def scalars(self, means: dict[str, Any]) -> dict[str, float]:
-        """What is told of an evaluation, from the means of `eval_step` over its examples."""
+    def evaluation(self, inputs: Any, writer: Any, shardings: Any, max_batches: int) -> Any:
+        """What evaluates a state on `inputs`, as `evaluators.means.Evaluation` does."""
 
     def inputs(self, data: Any, state: TrainState, workdir: epath.Path) -> Any:
         """Where batches come from: `data`, unless the task makes something of it first."""
@@ -55,6 +52,16 @@ class Task(Protocol):
 
     def export(self, state: TrainState, directory: epath.Path, facts: dict[str, Any]) -> None:
         """Writes the trained model of a host-side `state` for others to load."""
+
+
+class Averaging(Task, Protocol):
+    """What the evaluation by means asks beside."""
+
+    def eval_step(self, state: TrainState, batch: dict, index: jax.Array) -> Metrics:
+        """Sums over batch number `index`, each example times its "weight" [B], with their count."""
+
+    def scalars(self, means: dict[str, Any]) -> dict[str, float]:
+        """What is told of an evaluation, from the means of `eval_step` over its examples."""
 
 
 class Pretraining(Task, Protocol):
@@ -99,3 +106,11 @@ class Probing(Task, Protocol):
 
     def features(self, frozen: Any, images: jax.Array) -> jax.Array:
         """What the head sees of images [B, H, W, C] uint8: [B, D] float32."""
+
+
+class Segmenting(Task, Protocol):
+    """What the evaluation and pictures of segmentation ask beside."""
+
+    def windows_logits(self, state: TrainState, images: jax.Array, size: jax.Array) -> jax.Array:
+        """Logits [B, s, s', K] of windows [B, S, S', C] uint8. Of each the upper left, whose height
+        and width are `size` [B, 2] int32, shows something; the rest is 0 once normalised."""

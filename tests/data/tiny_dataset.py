@@ -48,10 +48,20 @@ def write_array_record(path, records):
 
 
 class TinyDataset:
-    """Builds ``<root>/tiny/1.0.0`` with splits of given shard lengths; knows what it wrote."""
+    """Builds ``<root>/tiny/1.0.0`` with splits of given shard lengths; knows what it wrote.
+
+    `label_maps`: the name of a feature, an Image, or `LabeledImage` for one of that kind.
+    """
 
     def __init__(
-        self, root, file_format, splits, image_key="image", labelled=True, version="1.0.0"
+        self,
+        root,
+        file_format,
+        splits,
+        image_key="image",
+        labelled=True,
+        version="1.0.0",
+        label_maps=None,
     ):
         self.root, self.written = str(root), {}
         self.folder = pathlib.Path(root) / "tiny" / version
@@ -70,6 +80,10 @@ class TinyDataset:
                     feature = example.features.feature
                     feature[image_key].bytes_list.value.append(image)
                     feature["file_name"].bytes_list.value.append(f"{split}{number}.jpg".encode())
+                    if label_maps:
+                        file = io.BytesIO()
+                        Image.new("L", (24, 20 + number), number % 3).save(file, "PNG")
+                        feature[label_maps].bytes_list.value.append(file.getvalue())
                     if labelled:
                         feature["label"].int64_list.value.append(number % 3)
                     records.append(example.SerializeToString())
@@ -105,6 +119,17 @@ class TinyDataset:
                 "classLabel": {"numClasses": "3"},
             }
             (self.folder / "label.labels.txt").write_text("ant\nbee\ncat\n")
+        if label_maps:
+            named = label_maps == "LabeledImage"
+            shape = {"dimensions": ["-1", "-1", "1"]}
+            features[label_maps] = {
+                "pythonClassName": base
+                + ("labeled_image.LabeledImage" if named else "image_feature.Image"),
+                "image": {"dtype": "uint8", "shape": shape, "encodingFormat": "png"},
+            }
+            if named:
+                features[label_maps]["image"]["label"] = {"numClasses": "2"}
+                (self.folder / f"{label_maps}.labels.txt").write_text("sky\nroad\n")
         features = {
             "pythonClassName": base + "features_dict.FeaturesDict",
             "featuresDict": {"features": features},

@@ -70,7 +70,9 @@ def test_ten_adamw_steps_track_the_losses_of_pytorch(checkpoint, expected):
     model, params = d.mae(position_params=True), checkpoint.params()
     noise = expected["noise"]
     masking = masking_from_scores(noise, num_kept(noise.shape[1], d.mask_ratio))
-    schedule = optimizers.warmup_cosine(base_lr=2.56, batch_size=1, warmup_steps=3, total_steps=10)
+    schedule = optimizers.warmup_then(
+        "cosine", base_lr=2.56, batch_size=1, warmup_steps=3, total_steps=10
+    )
     optimizer = optimizers.adamw(
         schedule, optimizers.decays, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05
     )

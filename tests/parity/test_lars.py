@@ -37,7 +37,7 @@ def our_steps(weight_decay):
     """Kernel [in, out] and bias after every step."""
     kernel, bias, features, labels = problem()
     optimizer = optimizers.lars(
-        optimizers.warmup_cosine(**SCHEDULE),
+        optimizers.warmup_then("cosine", **SCHEDULE),
         optimizers.decays,
         momentum=MOMENTUM,
         trust=TRUST,
@@ -65,7 +65,7 @@ def their_steps(update):
     kernel, bias, features, labels = problem()
     weight = torch.tensor(kernel.T.copy(), requires_grad=True)  # [out, in]
     bias = torch.tensor(bias, requires_grad=True)
-    schedule = optimizers.warmup_cosine(**SCHEDULE)
+    schedule = optimizers.warmup_then("cosine", **SCHEDULE)
     for i, (x, y) in enumerate(zip(features, labels, strict=True)):
         logits = torch.nn.functional.linear(torch.tensor(x), weight, bias)
         weight.grad, bias.grad = torch.autograd.grad(

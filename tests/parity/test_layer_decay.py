@@ -99,8 +99,8 @@ def test_steps_of_adamw_with_layer_decay_are_pytorchs():
         return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
     start, *gradients = [draw() for _ in range(1 + steps)]
-    schedule = optimizers.warmup_cosine(
-        base_lr=0.1, batch_size=256, warmup_steps=2, total_steps=steps, min_lr=0.03
+    schedule = optimizers.warmup_then(
+        "cosine", base_lr=0.1, batch_size=256, warmup_steps=2, total_steps=steps, min_lr=0.03
     )
 
     with torch.no_grad():

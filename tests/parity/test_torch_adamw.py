@@ -26,7 +26,7 @@ def test_ten_steps_track_pytorch_losses(tmp_path):
     d = of_size(384, 2, 6, 16, decoder_depth=1)
     params = random_params(d)
     batches = [(images_of(d, BATCH, seed=s), noise_of(d, BATCH, seed=s)) for s in range(STEPS)]
-    schedule = optimizers.warmup_cosine(**SCHEDULE)
+    schedule = optimizers.warmup_then("cosine", **SCHEDULE)
     rates = [float(schedule(step)) for step in range(STEPS)]
     assert max(rates) == pytest.approx(1e-3)
 

@@ -38,9 +38,9 @@ def images_of(count, side=128, seed=0):
 def written(monkeypatch):
     """The texts that are drawn from now on."""
     texts = []
-    fitting = grids._fitting
+    fitting = grids.fitting
     monkeypatch.setattr(
-        grids, "_fitting", lambda text, room: texts.append(text) or fitting(text, room)
+        grids, "fitting", lambda text, room: texts.append(text) or fitting(text, room)
     )
     return texts
 
@@ -105,7 +105,7 @@ def test_small_pictures_are_enlarged_and_shown_in_colour(channels):
 def test_rows_of_small_pictures_stand_side_by_side():
     pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 16, 16, 3)).astype(np.uint8)
     lines = [[[(f"row {r}", "black")]] for r in range(5)]
-    sheet = grids._sheet(pictures, lines, title="", columns=tuple("abcd"))
+    sheet = grids.sheet_of(pictures, lines, title="", columns=tuple("abcd"))
     block = 4 * (112 + grids.GAP) - grids.GAP
     assert sheet.shape[1] == 2 * block + 5 * grids.GAP  # GAP, block, 3 GAP, block, GAP
     step = 112 + grids.LINE + grids.GAP
@@ -140,7 +140,7 @@ def test_predictions_are_told_by_class_names_and_counted(monkeypatch):
 
 def test_text_longer_than_its_room_loses_its_middle():
     for room in (40, 200, 2000):
-        short = grids._fitting("a_very_long_name_of_a_picture.jpeg", room)
+        short = grids.fitting("a_very_long_name_of_a_picture.jpeg", room)
         assert grids.FONT.getlength(short) <= room
         assert short[0] == "a"
         assert short[-1] == "g"

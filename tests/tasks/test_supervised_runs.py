@@ -201,3 +201,20 @@ def test_weights_of_another_shape_are_refused_tensor_by_tensor(pretrained, tmp_p
     refused = run(tmp_path / "new", **FINETUNE, init_from=pretrained, model__width=64)
     assert refused.returncode == 2
     assert "width 32" in refused.stderr
+
+
+@pytest.mark.parametrize("workdir", ["pretrained", "finetuned"])
+def test_evaluate_scores_a_run_again_on_its_own_split(workdir, request, tmp_path):
+    folder = request.getfixturevalue(workdir)
+    output = tmp_path / "again.json"
+    subprocess.run(
+        [sys.executable, "-m", "mae_jax.evaluate", f"--weights={folder}", f"--output={output}"],
+        env=environment(),
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    again = json.loads(output.read_text())
+    told = [line for line in read_metrics(folder / "metrics.jsonl") if "eval/loss" in line][-1]
+    assert again.pop("step") == told.pop("step")
+    assert again == {name.removeprefix("eval/"): value for name, value in told.items()}

@@ -16,7 +16,7 @@ from mae_jax.train.optimizers import (
     decays_in_fine_tuning,
     lars,
     layer_scales,
-    warmup_cosine,
+    warmup_then,
 )
 
 
@@ -40,7 +40,8 @@ def reference_lr(step, peak, warmup, total, minimum):
 def test_schedule_is_the_references_at_every_step(
     base_lr, batch_size, warmup_steps, total_steps, min_lr, peak
 ):
-    schedule = warmup_cosine(
+    schedule = warmup_then(
+        "cosine",
         base_lr=base_lr,
         batch_size=batch_size,
         warmup_steps=warmup_steps,
@@ -58,7 +59,7 @@ def test_schedule_is_the_references_at_every_step(
 
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="warm-up takes 10 of 10 steps"):
-        warmup_cosine(base_lr=1.0, batch_size=256, warmup_steps=10, total_steps=10)
+        warmup_then("cosine", base_lr=1.0, batch_size=256, warmup_steps=10, total_steps=10)
 
 
 def test_decay_exempts_one_dimensional_tensors():

@@ -21,7 +21,7 @@ import torch
 from mae_jax.interop.export import export_encoder
 from mae_jax.interop.weights import to_official
 from mae_jax.models.spec import ModelSpec
-from mae_jax.train.optimizers import warmup_cosine
+from mae_jax.train.optimizers import warmup_then
 
 HERE = pathlib.Path(__file__).parent
 D = ModelSpec((24, 24), 8, 3, 32, 2, 4, 16, 1, 2, "norm_pixel", 0.6)
@@ -97,14 +97,14 @@ def fine_tuned() -> None:
 
 
 def adamw_losses(model: torch.nn.Module, images: np.ndarray, noise: np.ndarray) -> list[float]:
-    """Losses of ten steps on the same batch, at the rates of `warmup_cosine`."""
+    """Losses of ten steps on the same batch, at the rates of `warmup_then`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    schedule = warmup_cosine(base_lr=2.56, batch_size=1, warmup_steps=3, total_steps=STEPS)
+    schedule = warmup_then("cosine", base_lr=2.56, batch_size=1, warmup_steps=3, total_steps=STEPS)
     pixels, noise = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(noise)
     losses = []
     for step in range(STEPS):
