@@ -107,6 +107,10 @@ def evaluate_run(workdir: str, *, data_dir: str = "", split: str = "") -> dict[s
     changes = {"data.dir": data_dir, "data.eval_split": split, "mesh.data": -1, "mesh.fsdp": 1}
     config.update_from_flattened_dict({k: v for k, v in changes.items() if v != ""})
     setup = prepare(config, folder)
+    spec = setup.task.spec.to_json()
+    if record.get("model", spec) != spec:
+        asked = f"{setup.data.eval.name}, split {setup.data.eval.split}, asks for {spec}"
+        raise UserError(f"--data_dir: {asked}, and the run trained {record['model']}")
     shardings = shardings_of(setup.abstract.replace(opt_state=None))
     state = place(TrainState(opt_state=None, **parts), shardings)
     step, heard = int(state.step), _Heard()
