@@ -51,8 +51,7 @@ def drawn(spec=SEGMENTER, seed=0):
 
 
 def written(folder, params, spec=SEGMENTER, facts=None):
-    others = {name: x for name, x in params.items() if name != "statistics"}
-    return export_segmenter(others, params["statistics"], folder, spec, facts or {})
+    return export_segmenter(params, folder, spec, facts or {})
 
 
 @pytest.fixture(scope="module")
