@@ -18,6 +18,7 @@ def normalize_shown(
     return jnp.where(rows & columns, normalize(images, mean, std), 0)
 
 
+@jax.named_scope("images")
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Images [B, H, W, C] uint8 -> float32, with C statistics of pixels in [0, 1] taken out."""
     return (images.astype(jnp.float32) / 255.0 - np.float32(mean)) / np.float32(std)
