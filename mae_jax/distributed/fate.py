@@ -131,13 +131,21 @@ class Peers:
         self._client, self._coordinator = client, coordinator
         self._period = 1.0 + count / 500  # the service answers all of them
         self._heard = time.monotonic()
-        self._ended = False
-        for function in (self._talk, self._listen_for_silence):
-            threading.Thread(target=function, daemon=True).start()
+        self._ended = threading.Event()
+        functions = (self._talk, self._listen_for_silence)
+        self._threads = [threading.Thread(target=f, daemon=True) for f in functions]
+        for thread in self._threads:
+            thread.start()
 
     def end(self) -> None:
-        """Watches no more: the run is over in every process."""
-        self._ended = True
+        """Watches no more: the run is over in every process.
+
+        Waits for the threads: one that is in JAX's client when Python's interpreter is taken down
+        is unwound through C++ that does not allow it, which ends a finished process by a signal.
+        """
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(SECONDS_TO_LEAVE)
 
     def tell(self, code: int, line: str, stacks: bool = False) -> None:
         """Tells the others how this process ends, 0: that it may have lost one of them."""
@@ -154,7 +162,7 @@ class Peers:
 
     def lost_service(self) -> None:
         """Leaves because process 0 does not answer; called by JAX's own threads, too."""
-        if not self._ended:
+        if not self._ended.is_set():
             global peers
             peers = None  # there is nobody to tell
             place = f"process 0 at {self._coordinator}"
@@ -191,7 +199,8 @@ class Peers:
         beats: dict[str, tuple[str, float]] = {}  # of each process: its newest, and since when
         host = socket.gethostname()
         for number in itertools.count():
-            time.sleep(self._period)
+            if self._ended.wait(self._period):
+                return
             try:
                 beat = f"{number} {host}"
                 self._client.key_value_set(f"{_BEATS}{self.process}", beat, allow_overwrite=True)
@@ -199,7 +208,7 @@ class Peers:
                 heard = self._client.key_value_dir_get(_BEATS) if self.process == 0 else []
             except Exception:
                 continue  # `_listen_for_silence` counts how long
-            if self._ended:
+            if self._ended.is_set():
                 return
             before, self._heard = self._heard, time.monotonic()
             if self._heard - before > SECONDS_FROZEN:
@@ -223,8 +232,7 @@ class Peers:
 
     def _listen_for_silence(self) -> None:
         woken = time.monotonic()
-        while not self._ended:
-            time.sleep(1)
+        while not self._ended.wait(1):
             before, woken = woken, time.monotonic()
             if woken - before > SECONDS_FROZEN:
                 self._heard = woken
@@ -256,4 +264,5 @@ def on_error_of_service() -> dict[str, Any]:
     set_terminate.restype = ctypes.CFUNCTYPE(None)
     before = set_terminate(terminate)
     _kept.append(terminate)
+    atexit.register(set_terminate, before)  # ours needs an interpreter
     return {"missed_heartbeat_callback": lost}

@@ -10,6 +10,8 @@ import random
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import safetensors.numpy
 from program import ROOT, command, environment, losses
 
 from mae_jax import UserError
-from mae_jax.distributed import startup
+from mae_jax.distributed import fate, startup
 from mae_jax.main import Starts
 from mae_jax.storage.checkpoints import steps_in
 
@@ -206,6 +208,30 @@ def test_on_4_then_2_then_1_then_4_processes_the_examples_are_those_of_one(launc
     assert seen.keys() == expected.keys()
     # Sums in another order.
     np.testing.assert_allclose([*seen.values()], [*expected.values()], rtol=1e-5)
+
+
+def test_a_finished_process_leaves_no_thread_in_jaxs_client():
+    """Python ends by unwinding such a thread through C++, which kills the process: status 139."""
+    inside = threading.Event()
+
+    class Slow:
+        def key_value_set(self, *_, **__):
+            inside.set()
+            time.sleep(0.5)
+            inside.clear()
+
+        def key_value_dir_get(self, _):
+            return []
+
+        def key_value_try_get(self, _):
+            raise RuntimeError("NOT_FOUND")
+
+    before = threading.active_count()
+    peers = fate.Peers(Slow(), process=1, count=2, coordinator="localhost:1")
+    assert inside.wait(10)
+    peers.end()
+    assert not inside.is_set()
+    assert threading.active_count() == before
 
 
 def test_starts_without_progress_are_counted_and_then_refused(tmp_path):
