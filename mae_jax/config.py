@@ -362,16 +362,6 @@ def classes_without_data(config: ConfigDict) -> int:
     return config.head.classes or (150 if config.task in SEGMENT else 1000)
 
 
-def segment_stride(config: ConfigDict) -> int:
-    """`segment.stride`, or its default."""
-    return window_stride(config.segment.stride, image_size(config))
-
-
-def window_stride(stride: int, size: tuple[int, int]) -> int:
-    """Pixels from one window to the next: two thirds of its shorter side (341 of 512) for 0."""
-    return stride or max(1, min(size) * 2 // 3)
-
-
 def steps_per_epoch(config: ConfigDict, examples: int) -> int:
     """Whole batches in the training split, at least one (312 for ImageNet at 4096)."""
     return max(1, examples // config.batch_size)

@@ -45,7 +45,7 @@ from jax.sharding import Mesh
 
 from mae_jax import UserError, cli
 from mae_jax import config as config_lib
-from mae_jax.data.segmentation import SegmentEvalTransform
+from mae_jax.data.segmentation import SegmentEvalTransform, window_stride
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.distributed.mesh import make_mesh, place, replicate
@@ -54,9 +54,8 @@ from mae_jax.evaluators import robustness as benchmarks
 from mae_jax.evaluators.over_split import OverSplit, means
 from mae_jax.evaluators.segmentation import (
     Windows,
-    by_class,
     over_windows,
-    scores,
+    told_of,
     total_confusion,
 )
 from mae_jax.interop.checkpoint import Checkpoint
@@ -130,22 +129,19 @@ def pixel_scores(
     if source.num_classes not in (None, spec.classes):
         raise UserError(f"{where} has {source.num_classes} classes, the model {spec.classes}")
     require_same_classes(spec.class_names, source.class_names, where)
-    stride = config_lib.window_stride(spec.segment_stride, spec.image_size)
     transform = SegmentEvalTransform(
         spec.image_size,
         spec.classes,
         spec.channels,
         ignore=spec.segment_ignore,
         zero_is_other=spec.segment_zero_is_other,
-        stride=(stride, stride),
+        stride=window_stride(spec.segment_stride, spec.image_size),
     )
     run = over_windows(window_function(spec, jnp.dtype(dtype)), mesh, batch_size)
     params = replicate(checkpoint.params(), mesh)
     matrix, count = total_confusion(run, params, Windows(source, transform))
-    found = scores(matrix)
-    names = list(spec.class_names) or [str(k) for k in range(spec.classes)]
-    told = {name: found[name] for name in ("miou", "macc", "aacc")}
-    return {**told, "examples": count, "classes": by_class(found, names)}
+    means_of_classes, classes = told_of(matrix, spec.class_names)
+    return {**means_of_classes, "examples": count, "classes": classes}
 
 
 class Scorer:

@@ -191,8 +191,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     picture_positions(mesh_lib.local_positions(config.batch_size, mesh), config.data.repeat)
     data = open_splits(config)
     names = data.train.class_names
-    classes = data.classes or data.pixel_classes
-    task = create_task(config, len(data.train), classes, mesh, names, workdir)
+    task = create_task(config, len(data.train), data.head_classes, mesh, names, workdir)
     mesh_lib.check_batch(task.eval_batch_size, 1, mesh, "eval.batch_size")
     return Setup(config, workdir, mesh, data, task, abstract_state(task.init, mesh))
 
@@ -371,7 +370,7 @@ def check_fits(
             "fields their old values to continue, or choose a new --workdir"
         )
     names = ModelSpec.from_json(record["model"]).class_names if "model" in record else ()
-    if names and (data.classes or data.pixel_classes):
+    if names and data.head_classes:
         require_same_classes(names, data.train.class_names, f"data.dir: {data.train.name}")
     examples = record["data"]["examples"]
     if examples != len(data.train):

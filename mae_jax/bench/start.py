@@ -119,7 +119,7 @@ def trace(config: ConfigDict, as_json: bool) -> None:
     splits = open_splits(config)
     add("data opened")
     names = splits.train.class_names
-    task = create_task(config, len(splits.train), splits.classes, mesh, names)
+    task = create_task(config, len(splits.train), splits.head_classes, mesh, names)
     abstract = abstract_state(task.init, mesh)
     add("task built, state's shapes traced")
     lowered = lower_step(task, abstract)

@@ -281,6 +281,12 @@ class SegmentEvalTransform(_Segment):
         return self.padded(image=image, segmentation=labels)
 
 
+def window_stride(stride: int, size: tuple[int, int]) -> tuple[int, int]:
+    """`SegmentEvalTransform.stride` of so many pixels; 0: two thirds of the shorter side (341)."""
+    stride = stride or max(1, min(size) * 2 // 3)
+    return stride, stride
+
+
 def picture_size(record: Record) -> tuple[int, int]:
     """Height and width of a record's picture, from the head of its file. Raises DecodeError."""
     if isinstance(record.image, np.ndarray):

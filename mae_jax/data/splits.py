@@ -33,6 +33,11 @@ class Splits:
     windows: Windows | None = None
     repeat: int = 1
 
+    @property
+    def head_classes(self) -> int | None:
+        """How many classes a head on these data tells apart, of pictures or of pixels."""
+        return self.classes or self.pixel_classes
+
     def train_batches(
         self, positions: np.ndarray, start_step: int, end_step: int
     ) -> pipeline.Batches:

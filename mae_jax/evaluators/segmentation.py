@@ -61,13 +61,19 @@ def scores(matrix: np.ndarray) -> dict[str, Any]:
 Corner = tuple[int, int]  # top, left
 
 
-def by_class(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """The "iou" and "acc" of `scores` by the names of classes; None for NaN: JSON has none."""
+def told_of(
+    matrix: np.ndarray, class_names: Sequence[str] | None
+) -> tuple[dict[str, float], dict[str, dict[str, float | None]]]:
+    """The means of `scores`, and "iou" and "acc" of each class by its name (None: its number); a
+    class has None for NaN: JSON has none."""
+    found = scores(matrix)
     values = {
         score: [None if math.isnan(x) else x for x in found[score].tolist()]
         for score in ("iou", "acc")
     }
-    return {name: {k: x[i] for k, x in values.items()} for i, name in enumerate(names)}
+    names = class_names or [str(k) for k in range(len(matrix))]
+    classes = {name: {k: x[i] for k, x in values.items()} for i, name in enumerate(names)}
+    return {name: found[name] for name in ("miou", "macc", "aacc")}, classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,11 +319,9 @@ class SegmentationEvaluation:
         if self._windows is None:
             self._windows = Windows(inputs.eval, inputs.eval_transform, self._most)
         self.matrix, count = total_confusion(self._run, state, self._windows, **inputs.loading)
-        found = scores(self.matrix)
-        metrics = {name: found[name] for name in ("miou", "macc", "aacc")}
+        metrics, classes = told_of(self.matrix, inputs.eval.class_names)
         scalars = {f"eval/{name}": value for name, value in metrics.items()}
         self._writer.write(step, {**scalars, "eval/examples": count})
-        names = inputs.eval.class_names or [str(k) for k in range(len(self.matrix))]
-        self._writer.write_classes(step, by_class(found, names))
+        self._writer.write_classes(step, classes)
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logging.info("step %d: eval %s  (%d images)", step, text, count)

@@ -13,6 +13,7 @@ from etils import epath
 
 from mae_jax import UserError
 from mae_jax.interop.card import write_card
+from mae_jax.interop.image_processor import write_image_processor
 from mae_jax.interop.names import HF_FILE, Tensors
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
@@ -22,7 +23,6 @@ from mae_jax.models.upernet import AUXILIARY_WIDTH, POOL_SIZES
 from mae_jax.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from mae_jax.storage.files import PathLike, to_path, write_json
 
-_PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 _EMBEDDINGS = {
     "cls_token": "cls_token",
     "pos_embed": "position_embeddings",
@@ -69,18 +69,8 @@ def export_beit(
     path = directory / HF_FILE
     save_safetensors(path, beit_tensors(to_official(params, spec), spec), {"format": "pt"})
     write_json(directory / "config.json", config)
-    processor = {
-        "image_processor_type": "BeitImageProcessor",
-        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
-        "do_center_crop": False,
-        "do_reduce_labels": spec.segment_zero_is_other,
-        "size": {"height": spec.image_size[0], "width": spec.image_size[1]},
-        "resample": _PIL_BICUBIC,
-        "rescale_factor": 1 / 255,
-        "image_mean": spec.mean,
-        "image_std": spec.std,
-    }
-    write_json(directory / "preprocessor_config.json", processor)
+    own = {"do_center_crop": False, "do_reduce_labels": spec.segment_zero_is_other}
+    write_image_processor(directory, spec, "BeitImageProcessor", **own)
     form = "for Hugging Face transformers 4 and 5 as BeitForSemanticSegmentation. It has a last "
     form += f"block more, number {spec.depth}, which is zero and changes nothing: without it "
     form += "transformers could not read the output of the block before"

@@ -12,6 +12,7 @@ from etils import epath
 from mae_jax import UserError
 from mae_jax.interop.beit import export_beit
 from mae_jax.interop.card import write_card
+from mae_jax.interop.image_processor import write_image_processor
 from mae_jax.interop.names import HF_FILE, to_hugging_face
 from mae_jax.interop.tensor_files import save_safetensors
 from mae_jax.interop.weights import Params, to_official
@@ -29,8 +30,6 @@ DESCRIPTION_FILE = "description.json"
 
 Facts = Mapping[str, Any]
 Exporter = Callable[[Params, PathLike, ModelSpec, Facts], epath.Path]
-
-_PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as image-processor configs write it
 
 
 def export_encoder(
@@ -107,16 +106,7 @@ def export_hugging_face(
     path = directory / HF_FILE
     save_safetensors(path, to_hugging_face(to_official(params, spec)), spec.to_metadata())
     write_json(directory / "config.json", config)
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
-        "size": {"height": spec.image_size[0], "width": spec.image_size[1]},
-        "resample": _PIL_BICUBIC,
-        "rescale_factor": 1 / 255,
-        "image_mean": spec.mean,
-        "image_std": spec.std,
-    }
-    write_json(directory / "preprocessor_config.json", processor)
+    write_image_processor(directory, spec, "ViTImageProcessor")
     name = config["architectures"][0]
     form = f"for Hugging Face transformers 4 and 5 as {name}"
     load = f"from transformers import {name}\n\n"

@@ -12,9 +12,8 @@ from mae_jax.models.classifier import pool_tokens
 from mae_jax.models.mae import MAE
 from mae_jax.models.masking import Masking
 from mae_jax.models.patches import denormalize, normalize, normalize_shown, unpatchify
-from mae_jax.models.segmenter import segmenter_variables
+from mae_jax.models.segmenter import pixel_classes, segmenter_variables
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.upernet import resize
 
 Params = dict[str, Any]
 Features = dict[str, jax.Array]
@@ -73,14 +72,10 @@ def segment_function(
     K] float32 for h x w patches, "classes": [B, H, W] int32, the best one of each pixel}."""
     model = spec.segmenter(dtype=dtype)
 
-    def best(logits: jax.Array) -> jax.Array:
-        return resize(logits, spec.image_size).argmax(axis=-1).astype(jnp.int32)
-
     def segment(params: Params, images: jax.Array) -> dict[str, jax.Array]:
         variables = segmenter_variables(params)
         logits, _ = model.apply(variables, normalize(images, spec.mean, spec.std))
-        # An image at a time: logits of all pixels are sixteen times as many.
-        return {"logits": logits, "classes": jax.lax.map(best, logits)}
+        return {"logits": logits, "classes": pixel_classes(logits, spec.image_size)}
 
     return segment
 

@@ -69,6 +69,15 @@ def segmenter_variables(params: dict[str, Any]) -> dict[str, Any]:
     return {"params": others, "statistics": statistics}
 
 
+def pixel_classes(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The best class of each pixel, int32 [B, *size], by logits [B, h, w, K] interpolated there."""
+
+    def best(logits: jax.Array) -> jax.Array:
+        return resize(logits, size).argmax(axis=-1).astype(jnp.int32)
+
+    return jax.lax.map(best, logits)  # an image at a time: of 150 classes each takes 157 MB
+
+
 def segmentation_loss(
     logits: jax.Array, auxiliary: jax.Array, labels: jax.Array, ignored: int = 255
 ) -> jax.Array:

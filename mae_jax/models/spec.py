@@ -124,8 +124,8 @@ class ModelSpec:
         elif classes and task == "segment":
             segment = config["segment"]
             taps, head_width = tuple(segment["taps"]), segment["width"]
-            own = {"segment_taps": default_taps(model["depth"] or shape.depth)}
-            own |= {"segment_taps": taps} if taps != (-1,) else {}
+            default = default_taps(model["depth"] or shape.depth)
+            own = {"segment_taps": default if taps == (-1,) else taps}
             own["segment_width"] = head_width or model["width"] or shape.width
             own |= {f"segment_{name}": segment[name] for name in SEGMENT_FIELDS}
             own |= {"classes": classes, "class_names": tuple(class_names)}

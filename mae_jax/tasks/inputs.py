@@ -13,7 +13,7 @@ from mae_jax.data.color_jitter import ColorJitter
 from mae_jax.data.order import Windows
 from mae_jax.data.randaugment import parse_randaugment
 from mae_jax.data.record import Source
-from mae_jax.data.segmentation import SegmentEvalTransform, SegmentTrainTransform
+from mae_jax.data.segmentation import SegmentEvalTransform, SegmentTrainTransform, window_stride
 from mae_jax.data.sources import open_source
 from mae_jax.data.splits import Splits, common_classes
 from mae_jax.data.transforms import EvalTransform, TrainTransform
@@ -80,7 +80,6 @@ def _segmentation_splits(config: ConfigDict, train: Source, evaluation: Source) 
         "ignore": segment.ignore,
         "zero_is_other": segment.zero_is_other,
     }
-    stride = config_lib.segment_stride(config)
     return Splits(
         train=train,
         eval=evaluation,
@@ -93,7 +92,7 @@ def _segmentation_splits(config: ConfigDict, train: Source, evaluation: Source) 
         ),
         eval_transform=SegmentEvalTransform(
             **what,
-            stride=(stride, stride),
+            stride=window_stride(segment.stride, what["size"]),
             scales=tuple(segment.eval_scales),
             flip=segment.eval_flip,
         ),

@@ -166,7 +166,7 @@ def test_a_run_is_not_continued_on_other_classes():
     record = {"config": config.to_dict(), "model": SPEC.to_json(), "data": {"examples": 4}}
     for names in (NAMES, ("cat", "emu")):
         source = PictureFiles("", ["a"] * 4, class_names=[*names])
-        data = types.SimpleNamespace(train=source, classes=2)
+        data = types.SimpleNamespace(train=source, head_classes=2)
         if names == NAMES:
             main.check_fits(record, config, data, {})
         else:

@@ -13,7 +13,7 @@ def make(config, devices=1, data=-1, fsdp=1):
     """Task, its data, and a state at step 0 laid out for the mesh."""
     mesh = mesh_lib.make_mesh(data, fsdp, jax.devices()[:devices])
     splits = open_splits(config)
-    task = create_task(config, len(splits.train), splits.classes or splits.pixel_classes, mesh)
+    task = create_task(config, len(splits.train), splits.head_classes, mesh)
     shardings = shardings_of(abstract_state(task.init, mesh))
     return task, splits, jax.jit(task.init, out_shardings=shardings)()
 

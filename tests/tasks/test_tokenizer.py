@@ -123,8 +123,9 @@ def test_what_makes_no_tokenizer_is_refused(tokenizer_config, field, value, mess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["pixel", "norm_pixel", "pca", "hog", "token", "tokenizer"])
-def test_killed_and_restarted_every_target_ends_bit_identical(target, tmp_path):
+@pytest.mark.parametrize("target", ["pca", "token", "tokenizer"])
+def test_killed_and_restarted_what_is_fitted_ends_bit_identical(target, tmp_path):
+    """Other targets have no state: tests/test_main.py kills those."""
     fields = {"target": target, "checkpoint.every": 1}
     if target == "token":
         weights = random_dvae(DVAEShape(codes=64, width=8, blocks=1))
@@ -145,5 +146,5 @@ def test_killed_and_restarted_every_target_ends_bit_identical(target, tmp_path):
         expected, found = read_tokenizer(reference)[1], read_tokenizer(workdir)[1]
     else:
         expected, found = (open_checkpoint(path).params() for path in (reference, workdir))
-        assert ("target_state" in expected) == (target in ("pca", "token"))
+        assert "target_state" in expected
     jax.tree.map(np.testing.assert_array_equal, found, expected)
