@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax import TryAgainError, UserError, cli
 from mae_jax import config as config_lib
+from mae_jax.config_checks import validate
 from mae_jax.data.pipeline import picture_positions
 from mae_jax.data.splits import Splits
 from mae_jax.distributed import fate, startup, stopping, watchdog
@@ -184,7 +185,7 @@ def leave_saved(steps: int, total: int) -> None:
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> Setup:
     """Opens the data and builds the task; raises UserError for what cannot be trained here."""
-    config_lib.validate(config)
+    validate(config)
     keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError, cli
 from mae_jax import config as config_lib
+from mae_jax.config_checks import validate
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, bytes_per_device
 from mae_jax.planning import bundles, cost, program
@@ -119,7 +120,7 @@ class Planner:
 
     def __init__(self, arguments: argparse.Namespace):
         self.config, self._arguments = arguments.config, arguments
-        config_lib.validate(self.config, starts=False)
+        validate(self.config, starts=False)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "mae_jax[plan]"')
         if jax.config.jax_compilation_cache_dir:  # written without a TPU, but never read

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
+from mae_jax.config_checks import validate
 from mae_jax.models.flops import spec_forward_macs
 from mae_jax.models.spec import ModelSpec
 from mae_jax.storage.files import PathLike, read_json, to_path, unfinished, write_json
@@ -191,7 +192,7 @@ class Plan:
             if given.get("tokenizer") and config.target != "token":
                 config.tokenizer = ""  # it is for the members that read it
                 fields.pop("tokenizer")
-            config_lib.validate(config)
+            validate(config)
             key = fingerprint(config, first_key)
             if first is None:
                 first_key, shared = key, {k: v for k, v in (given | own).items() if _SHARED(k)}

@@ -14,7 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import bucket as fake_bucket
 import pytest
 
-from mae_jax.config import default_config, validate
+from mae_jax.config import default_config
+from mae_jax.config_checks import validate
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
-from mae_jax.config import FIELDS, default_config, validate
+from mae_jax.config import FIELDS, default_config
+from mae_jax.config_checks import validate
 from mae_jax.models.spec import ModelSpec
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from mae_jax import UserError
 from mae_jax import config as config_lib
-from mae_jax.config import validate
+from mae_jax.config_checks import validate
 from mae_jax.tasks.inputs import open_splits
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

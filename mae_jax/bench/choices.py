@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mae_jax import UserError
 from mae_jax import config as config_lib
 from mae_jax.bench.step import Step, open_mesh, rates_in_turns
+from mae_jax.config_checks import validate
 
 # Mask tokens in the encoder, blocks of the decoder.
 CHOICES = ((True, 8), (False, 8), (False, 1))
@@ -25,7 +26,7 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"task = {config.task!r}: mask tokens are of pretraining")
     configs = []
     for config.mask.encoder_tokens, config.decoder.depth in CHOICES:
-        config_lib.validate(config, starts=False)
+        validate(config, starts=False)
         configs.append(copy.deepcopy(config))
     mesh = open_mesh(config)
     steps = [Step(each, mesh) for each in configs]

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from mae_jax import UserError
-from mae_jax.config import validate
+from mae_jax.config_checks import validate
 from mae_jax.data.order import WindowReader, Windows, example_index
 from mae_jax.data.pipeline import example_rng
 from mae_jax.data.record import Record

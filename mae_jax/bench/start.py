@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import UserError
-from mae_jax import config as config_lib
 from mae_jax.bench.step import open_mesh
+from mae_jax.config_checks import validate
 from mae_jax.distributed.sharding import abstract_state
 from mae_jax.tasks import create_task
 from mae_jax.tasks.inputs import open_splits
@@ -47,7 +47,7 @@ def main(config: ConfigDict, rounds: int, as_json: bool) -> None:
     in turns: the training command itself, in a new workdir, killed after its first step."""
     if rounds < 1:
         raise UserError(f"--rounds={rounds}: give at least 1")
-    config_lib.validate(config)
+    validate(config)
     starts = {way: [] for way in WAYS}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

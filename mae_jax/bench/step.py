@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import config as config_lib
+from mae_jax.config_checks import validate
 from mae_jax.distributed import mesh as mesh_lib
 from mae_jax.distributed.sharding import abstract_state, shardings_of
 from mae_jax.tasks import create_task
@@ -33,7 +34,7 @@ def main(config: ConfigDict) -> None:
     flops = rate * step.flops_per_image / mesh.size
     device = mesh.devices.flat[0]
     print(f"{mesh.size} x {device.device_kind}, batch {config.batch_size}, {config.compute_dtype}")
-    print(f"images/s: median {rate:.1f}, range {min(rates):.1f} to {max(rates):.1f}")
+    print(f"images/s: median {rate:.4g}, range {min(rates):.4g} to {max(rates):.4g}")
     print(f"model FLOP/s a device: {flops:.3e}")
     if peak := peak_flops(device):
         print(f"MFU: {flops / peak:.1%} of {peak:.3e}")
@@ -41,7 +42,7 @@ def main(config: ConfigDict) -> None:
 
 def open_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config, found valid, on all devices or these."""
-    config_lib.validate(config, starts=False)
+    validate(config, starts=False)
     keep_compiled(config.compile.cache_dir)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     mesh_lib.check_batch(config.batch_size, config.optim.accumulate, mesh)

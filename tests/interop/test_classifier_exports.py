@@ -14,7 +14,8 @@ from PIL import Image
 from small_models import SMALL, classifier_params
 
 from mae_jax import UserError, export, features
-from mae_jax.config import default_config, validate
+from mae_jax.config import default_config
+from mae_jax.config_checks import validate
 from mae_jax.distributed.mesh import make_mesh
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_encoder

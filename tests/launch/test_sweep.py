@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 
 from mae_jax import cli
-from mae_jax.config import load_config, validate
+from mae_jax.config import load_config
+from mae_jax.config_checks import validate
 from tests.program import ROOT, environment
 
 FAKE = pathlib.Path(__file__).with_name("fake_sweep.py")

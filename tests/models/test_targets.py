@@ -12,7 +12,7 @@ from dvae_weights import random_dvae
 from PIL import Image
 
 from mae_jax import UserError, main
-from mae_jax.config import validate
+from mae_jax.config_checks import validate
 from mae_jax.distributed.sharding import in_compute_type
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.export import export_encoder, export_official, export_orbax

@@ -8,7 +8,7 @@ import pytest
 from task_runs import assert_close, make, run_steps
 
 from mae_jax import UserError
-from mae_jax.config import validate
+from mae_jax.config_checks import validate
 from mae_jax.models.spec import ModelSpec
 
 

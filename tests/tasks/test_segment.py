@@ -134,14 +134,12 @@ def test_two_processes_compute_what_one_does(undisturbed, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_more_than_the_commonest_class(data, tmp_path):
-    fields = {"steps": 150, "checkpoint.every": 150, "optim.base_lr": 0.1, "optim.layer_decay": 1.0}
-    result = run(tmp_path, data, **fields, **{"model.drop_path": 0.0})
+def test_it_learns_every_class(data, tmp_path):
+    """With a head of 64 channels; one of 16 confuses two of the colours for as many steps more."""
+    fields = {"steps": 120, "optim.base_lr": 0.1, "optim.layer_decay": 1.0, "model.drop_path": 0.0}
+    result = run(tmp_path, data, **fields, **{"checkpoint.every": 120, "segment.width": 64})
     assert result.returncode == 0, result.stderr
-    maps = [np.asarray(Image.open(p)) for p in (data / "annotations" / "validation").iterdir()]
-    labels = np.concatenate([x[x > 0] for x in maps])
-    constant = (labels == 1).mean() / len(NAMES)  # mIoU of calling everything ground
-    assert json.loads((tmp_path / "results.json").read_text())["miou"] > 1.5 * constant
+    assert json.loads((tmp_path / "results.json").read_text())["miou"] > 0.7
 
 
 @pytest.mark.parametrize(
@@ -172,6 +170,7 @@ def save(folder, labels):
 def test_fields_that_do_not_go_together_are_refused(data, tmp_path):
     for fields, message in (
         ({"segment.taps": "0,1"}, "segment.taps"),
+        ({"segment.taps": "-1,0,1,1"}, "segment.taps"),
         ({"segment.stride": 64}, "segment.stride"),
         ({"data.scale": "0.1,1"}, "data.scale"),
         ({"head.classes": 7}, "head.classes = 7"),

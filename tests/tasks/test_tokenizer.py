@@ -11,7 +11,8 @@ from program import command, kill_at_random_moments, losses, run
 from task_runs import make, run_steps
 
 from mae_jax import UserError, main
-from mae_jax.config import default_config, validate
+from mae_jax.config import default_config
+from mae_jax.config_checks import validate
 from mae_jax.interop.checkpoint import open_checkpoint
 from mae_jax.interop.tokenizer_file import read_tokenizer, write_tokenizer
 from mae_jax.models.dvae import DVAE, DVAEShape
