@@ -3,7 +3,8 @@
     python -m mae_jax.main --config=configs/pretrain.py:vit_b --workdir=DIR \\
         --config.data.dir=TFDS_DIR
 
-Variants: `vit_b` (B/16), `vit_l` (L/16), `vit_h` (H/14, state split over the mesh's fsdp axis), and
+Variants: `vit_b` (B/16), `vit_l` (L/16), `vit_h` (H/14), the latter two with parameters and
+optimizer split over the devices of a slice, faster and smaller by plan (docs/plan.md), and
 `mmselfsup`: ViT-B for 400 epochs of batch 8 x 512, which that project reports at 83.3 fine-tuned
 and 62.5 probed (`configs/finetune.py:mmselfsup`, `configs/linear_probe.py:mmselfsup`).
 
@@ -59,5 +60,6 @@ def get_config(variant: str = "vit_b") -> ConfigDict:
         config.epochs = 400.0
     if variant == "vit_h":
         config.model.patch_size = 14
+    if variant in ("vit_l", "vit_h"):
         config.mesh.fsdp = -1
     return config

@@ -399,7 +399,7 @@ def announce(setup: Setup) -> None:
         table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
         logging.debug("parameters:\n%s", table)
     if frozen is not None:
-        logging.info("and %s frozen parameters, which no step changes", f"{tree_size(frozen):,}")
+        logging.info("and %s numbers that no gradient changes", f"{tree_size(frozen):,}")
     shape = f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {mesh.size}"
     devices = f"{mesh.devices.flat[0].device_kind} device(s) in {jax.process_count()} process(es)"
     gigabytes = bytes_per_device(setup.abstract) / 1e9
