@@ -137,8 +137,7 @@ def carry_out(
             in_every_process(stopping.disarm)
             if not stopped:
                 finish(setup, state)
-        ledger.write()
-        logging.info("%s", summary(setup.workdir))
+        in_process_0(conclude, setup.workdir, ledger)
         if stopped:
             leave_saved(steps, setup.task.total_steps)
         starts.end(0)
@@ -147,6 +146,12 @@ def carry_out(
         with contextlib.suppress(Exception):
             starts.end(getattr(error, "exit_code", fate.BUG))
         raise
+
+
+def conclude(workdir: epath.Path, ledger: Ledger) -> None:
+    """Keeps where the time went, and shows it; who alone writes it reads it."""
+    ledger.write()
+    logging.info("%s", summary(workdir))
 
 
 class Starts:

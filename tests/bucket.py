@@ -36,6 +36,13 @@ def serve():
     storage, counts, lock = Storage(use_memory_fs=True), Counts(), threading.RLock()
     storage._write_config_to_file = lambda: None  # nothing is to outlive it
     buckets.create_bucket(NAME, storage)
+    read = storage.get_file
+
+    def get_file(*args, **options):
+        with lock:  # as the writers: what is read is one version of it
+            return read(*args, **options)
+
+    storage.get_file = get_file
 
     class Handler(emulator.RequestHandler):
         protocol_version = "HTTP/1.1"  # connections stay open

@@ -8,6 +8,7 @@ those of docs/failures.md.
 """
 
 import atexit
+import contextlib
 import ctypes
 import itertools
 import json
@@ -31,6 +32,7 @@ BUG, MENDABLE, RETRY, BY_CTRL_C, LOST = 1, 2, 42, 130, 134
 SECONDS_SILENT = 30.0  # after which a peer is lost; a thread can be kept waiting for a while
 SECONDS_SUSPECTED = 10.0  # the same, once another process failed to communicate
 SECONDS_TO_LEAVE = 10.0  # for what is done on the way out, which a disk or a network may hold up
+SECONDS_TO_END = 60  # between the first and the last process of a run that is over
 
 SECONDS_FROZEN = 10.0  # without running at all, as all of a run may be: others are heard anew
 
@@ -138,11 +140,15 @@ class Peers:
             thread.start()
 
     def end(self) -> None:
-        """Watches no more: the run is over in every process.
+        """Watches until every process is done, and no more.
 
-        Waits for the threads: one that is in JAX's client when Python's interpreter is taken down
-        is unwound through C++ that does not allow it, which ends a finished process by a signal.
+        One that fails after others are done still ends them, with what it has to say; JAX would
+        have them abort. Waits for the threads: one that is in JAX's client when Python's
+        interpreter is taken down is unwound through C++ that does not allow it, which ends a
+        finished process by a signal.
         """
+        with contextlib.suppress(Exception):  # then JAX, which waits next, says so
+            self._client.wait_at_barrier("mae_jax/end", int(1000 * SECONDS_TO_END))
         self._ended.set()
         for thread in self._threads:
             thread.join(SECONDS_TO_LEAVE)

@@ -14,7 +14,6 @@ from mae_jax import UserError
 from mae_jax.distributed import fate, stopping
 
 SECONDS_TO_COME = 300  # between the first and the last process of a run
-SECONDS_TO_END = 60  # the same, when the run is over
 
 
 def initialize() -> None:
@@ -47,7 +46,7 @@ def initialize() -> None:
 def _join(**arguments: Any) -> None:
     timeouts = {
         "initialization_timeout": SECONDS_TO_COME,
-        "shutdown_timeout_seconds": SECONDS_TO_END,
+        "shutdown_timeout_seconds": fate.SECONDS_TO_END,
     }
     with _client_made_with(fate.on_error_of_service()):
         try:

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from mae_jax import TryAgainError, UserError
-from mae_jax.storage.files import write_json
+from mae_jax.storage.files import read_bytes, write_json
 
 SECONDS_RENEWED = 15.0
 SECONDS_STALE = 60.0  # after which a claim that nobody renewed is nobody's
@@ -98,7 +98,7 @@ class Claim:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path.read_text())
+            return json.loads(read_bytes(self._path))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -207,7 +207,7 @@ def append_line(path: PathLike, line: str) -> None:
     if in_bucket(path):  # written anew: a run's metrics are a few MB
         before = b""
         with contextlib.suppress(FileNotFoundError):
-            before = _bucket().cat_file(os.fspath(path))
+            before = read_bytes(path)
         with complete_or_absent(path) as temporary:  # tried again here, and here alone
             temporary.write_bytes(before + f"{line}\n".encode())
         return
@@ -215,11 +215,22 @@ def append_line(path: PathLike, line: str) -> None:
         file.write(line + "\n")
 
 
+def read_bytes(path: PathLike) -> bytes:
+    """What is in a file, all of it as one writer left it.
+
+    A path's own `read_bytes` asks a bucket for the size first and then for so many bytes: of an
+    object that is replaced in between it gives a piece.
+    """
+    if in_bucket(path):
+        return _bucket().cat_file(os.fspath(path))
+    return to_path(path).read_bytes()
+
+
 @retried
 def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a JSON file; UserError where there is none."""
     try:
-        content = json.loads(to_path(path).read_text())
+        content = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         if is_transient(error):
             raise
@@ -232,8 +243,9 @@ def read_json(path: PathLike) -> dict[str, Any]:
 @retried
 def read_json_lines(path: PathLike) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; without those half-written, none without a file."""
-    objects, path = [], to_path(path)
-    content = path.read_bytes() if path.exists() else b""
+    objects, content = [], b""
+    with contextlib.suppress(FileNotFoundError):
+        content = read_bytes(path)
     for line in content.decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # a process died here
             objects.append(json.loads(line))

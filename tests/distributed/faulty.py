@@ -1,9 +1,10 @@
 """The program with a fault in one process, for test_fate.py.
 
 `python faulty.py ACTION PROCESS PHASE NTH -- OPTIONS OF mae_jax.main`: process PROCESS does ACTION
-when it enters PHASE of the time ledger for the NTH time (`start`: before anything). Marks beside
-the workdir, of faults that happened, keep a restarted program from having it again. Which record
-every row of every batch was is noted there too, in WORKDIR-examples.jsonl.
+when it enters PHASE of the time ledger for the NTH time (`start`: before anything; `close`: when
+all is done). Marks beside the workdir, of faults that happened, keep a restarted program from
+having it again. Which record every row of every batch was is noted there too, in
+WORKDIR-examples.jsonl.
 """
 
 import contextlib
@@ -85,6 +86,8 @@ def main(action, process, phase, nth, options):
                 yield
 
         Ledger.during = faulty
+        if phase == "close":
+            Ledger.close = lambda self: (mark.touch(), fail(action))
     logging.root.handlers.clear()  # which imports above made: the program logs as it always does
     raise SystemExit(start("train", options))
 

@@ -88,6 +88,7 @@ def test_a_recipe_missing_on_one_host_ends_all_with_its_message(launch, tmp_path
         ("mendable 1 data 3", 2, r"^\[0\] error: process 1: data.dir: picture 7 cannot be read"),
         ("mendable 0 data 3", 2, r"^\[1\] error: process 0: data.dir: picture 7 cannot be read"),
         ("bug 1 data 3", 1, r"^\[1\] ZeroDivisionError: a fault of the program"),
+        ("mendable 1 close 1", 2, r"^\[0\] error: process 1: data.dir: picture 7 cannot be read"),
     ],
 )
 def test_an_error_in_one_process_ends_all_within_seconds(launch, tmp_path, fault, code, message):
@@ -103,7 +104,8 @@ def test_an_error_in_one_process_ends_all_within_seconds(launch, tmp_path, fault
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
     ("action", "moment"),
-    [("kill", "data 6"), ("freeze", "data 6"), ("kill", "save 1"), ("kill", "save 2")],
+    [("kill", phase) for phase in ("data 6", "save 1", "save 2", "close 1")]
+    + [("freeze", "data 6")],
 )
 def test_a_lost_peer_is_named_in_one_plain_line(launch, tmp_path, action, moment, victim):
     """Killed, or stopped as a machine that hangs is: the launcher kills that at the end."""
@@ -228,6 +230,9 @@ def test_a_finished_process_leaves_no_thread_in_jaxs_client():
 
         def key_value_try_get(self, _):
             raise RuntimeError("NOT_FOUND")
+
+        def wait_at_barrier(self, *_):
+            pass
 
     before = threading.active_count()
     peers = fate.Peers(Slow(), process=1, count=2, coordinator="localhost:1")

@@ -1,7 +1,9 @@
 """What is written into a bucket, which has neither folders nor appending, is as on disk."""
 
+import itertools
 import json
 import pathlib
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,26 @@ def test_metrics_are_appended_and_trimmed(bucket):
     lines = read_metrics(folder / "metrics.jsonl")
     assert [(x["step"], x["train/loss"]) for x in lines] == [(0, 0), (1, 0.5), (2, 1), (3, 7)]
     assert names(folder) == ["metrics.jsonl"]
+
+
+def test_an_object_that_is_replaced_while_it_is_read_comes_whole(bucket):
+    path, over = files.to_path(f"{bucket[0]}/replaced.json"), threading.Event()
+    files.write_json(path, {"text": ""})
+
+    def replace():
+        for size in itertools.cycle(range(0, 4000, 97)):
+            files.write_json(path, {"text": size * "a"})
+            if over.is_set():
+                return
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        sizes = {len(files.read_json(path)["text"]) for _ in range(100)}
+    finally:
+        over.set()
+        writer.join()
+    assert len(sizes) > 5
 
 
 def test_parameters_come_back(bucket):
