@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def start(command: str, argv: Sequence[str] | None = None) -> int | None:
     """Runs one command, with the arguments of the process where none are given."""
+    _ask_for_huge_pages()
     try:
         if command not in (*COMMANDS, "main"):
             raise UserError(f"no command {command}: choose one of {', '.join(COMMANDS)}")
@@ -74,6 +75,20 @@ def start(command: str, argv: Sequence[str] | None = None) -> int | None:
         lines = (line.strip() for line in str(error).splitlines())
         print("error: " * (code != 42) + " ".join(lines), file=sys.stderr)
         sys.exit(code)
+
+
+def _ask_for_huge_pages() -> None:
+    """Starts this program again in its own place, once, as glibc reads its settings only then.
+
+    XLA on a CPU asks the system for the memory of a step anew each time. Given in pages of 4 kB it
+    takes an eighth of a step of ViT-B (docs/performance.md). `GLIBC_TUNABLES=` leaves that so.
+    """
+    spec = sys.modules["__main__"].__spec__  # of `python -m`
+    program = spec.name.partition(".")[0] if spec else os.path.basename(sys.argv[0])
+    if sys.platform == "linux" and program in ("mae_jax", "mae-jax"):
+        if "GLIBC_TUNABLES" not in os.environ:
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _skip_absent_tpu() -> None:

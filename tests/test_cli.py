@@ -233,6 +233,30 @@ def test_a_signal_while_compiling_is_one_line_at_once(tmp_path, number, code, li
     assert not (tmp_path / "run" / "claim.json").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_a_program_starts_again_with_huge_pages_unless_their_setting_is_given(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    log = tmp_path / "starts"
+    note = f"open({str(log)!r}, 'a').write(f'{{os.getpid()}} {{os.environ.get(name)}}\\n')"
+    (tmp_path / "sitecustomize.py").write_text(f"import os; name = 'GLIBC_TUNABLES'; {note}")
+
+    def starts(**variables):
+        log.unlink(missing_ok=True)
+        path = os.pathsep.join((str(tmp_path), str(ROOT)))
+        done = python(
+            "-X", "utf8", "-m", "mae_jax.results", "--version", PYTHONPATH=path, **variables
+        )
+        assert done.stdout == f"mae_jax {mae_jax.__version__}\n"
+        return [line.split() for line in log.read_text().splitlines()]
+
+    (first, without), (again, setting) = starts()
+    assert first == again
+    assert (without, setting) == ("None", "glibc.malloc.hugetlb=1")
+    assert len(starts(GLIBC_TUNABLES="")) == 1
+
+
 def test_recipes_are_found_by_path_or_by_name_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "quickstart.py", "configs/quickstart.py"):

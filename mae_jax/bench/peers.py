@@ -3,6 +3,10 @@
 python -m mae_jax.bench peers --config=configs/pretrain.py:vit_b --config.batch_size=8
 """
 
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
 import time
 from typing import Any
 
@@ -21,13 +25,12 @@ TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # by JAX's platform
 
 def main(config: ConfigDict) -> None:
     """Prints images/s of both, timed in turns, and how many times as fast as theirs ours is: the
-    same model, batch and type of products, with AdamW, on pixels already on the device. On a GPU
-    theirs is timed compiled (`torch.compile`), too."""
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f'bench peers: {e}; pip install "mae_jax[parity]"') from e
+    same model, batch and type of products, with AdamW, on pixels already on the device. Each has a
+    process of its own, as where it is used. On a GPU theirs is timed compiled (`torch.compile`),
+    too."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'bench peers: no {package} here; pip install "mae_jax[parity]"')
     if config.task not in config_lib.MAE:
         raise UserError(f"task = {config.task!r}: ViTMAE is for pretraining")
     platform = jax.default_backend()
@@ -36,17 +39,16 @@ def main(config: ConfigDict) -> None:
             f"bench peers: PyTorch has no {platform} here; JAX_PLATFORMS=cpu does without"
         )
     mesh = open_mesh(config, jax.devices()[:1])
-    theirs = hugging_face_config(ModelSpec.from_config(config))
-    model = transformers.ViTMAEConfig(**{k: v for k, v in theirs.items() if k != "torch_dtype"})
-    device = TORCH_DEVICES[platform]
+    model = hugging_face_config(ModelSpec.from_config(config))
+    device, of = TORCH_DEVICES[platform], (config.batch_size, config.compute_dtype)
     ways = ("eager", "compiled") if device == "cuda" else ("eager",)
-    steps = {f"transformers, {way}": TorchStep(config, model, device, way) for way in ways}
+    steps = {f"transformers, {way}": Peer(model, *of, device, way) for way in ways}
     steps["mae_jax"] = Step(config, mesh)
     rates = rates_in_turns([*steps.values()])  # [ways, rounds]
+    torch, transformers = map(importlib.metadata.version, ("torch", "transformers"))
     print(
         f"{mesh.devices.flat[0].device_kind}, batch {config.batch_size}, {config.compute_dtype}, "
-        f"torch {torch.__version__} with {torch.get_num_threads()} threads, transformers "
-        f"{transformers.__version__}; medians of {rates.shape[1]} rounds"
+        f"torch {torch}, transformers {transformers}; medians of {rates.shape[1]} rounds"
     )
     print("                        images/s  x first  in each round")
     for name, rate in zip(steps, rates, strict=True):
@@ -55,31 +57,48 @@ def main(config: ConfigDict) -> None:
         print(f"{name:22s} {np.median(rate):9.2f} {np.median(ratios):8.2f}  {each}")
 
 
-class TorchStep:
-    """A training step of transformers' ViTMAE, with a batch to do it on."""
+class Peer:
+    """A training step of transformers' ViTMAE in a process that lives as long as this one."""
 
-    def __init__(self, config: ConfigDict, model: Any, device: str, way: str):
-        import torch
-        import transformers
-
-        self.batch_size = config.batch_size
-        self._model = transformers.ViTMAEForPreTraining(model).to(device).train()
-        parameters = self._model.parameters()
-        self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05)
-        shape = config.batch_size, model.num_channels, model.image_size, model.image_size
-        self._images = torch.rand(shape, device=device)
-        dtype = torch.bfloat16 if config.compute_dtype == "bfloat16" else None
-        self._cast = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
-        self._forward = torch.compile(self._model) if way == "compiled" else self._model
+    def __init__(self, model: dict[str, Any], batch_size: int, dtype: str, device: str, way: str):
+        self.batch_size = batch_size
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        work = theirs, model, batch_size, dtype, device, way
+        pages = os.environ.pop("GLIBC_TUNABLES", None)  # of `cli`; PyTorch is no faster by them
+        context.Process(target=_run_steps, args=work, daemon=True).start()
+        if pages is not None:
+            os.environ["GLIBC_TUNABLES"] = pages
+        theirs.close()
 
     def run(self, count: int) -> float:
-        """Seconds that so many steps take."""
+        """Seconds that so many steps take; EOFError: it died, its output tells why."""
+        self._pipe.send(count)
+        return self._pipe.recv()
+
+
+def _run_steps(
+    pipe: Any, model: dict[str, Any], batch_size: int, dtype: str, device: str, way: str
+) -> None:
+    import torch
+    import transformers
+
+    config = transformers.ViTMAEConfig(**{k: v for k, v in model.items() if k != "torch_dtype"})
+    model = transformers.ViTMAEForPreTraining(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+    shape = batch_size, config.num_channels, config.image_size, config.image_size
+    images = torch.rand(shape, device=device)
+    bfloat16 = torch.bfloat16 if dtype == "bfloat16" else None
+    cast = torch.autocast(device, dtype=bfloat16, enabled=bfloat16 is not None)
+    forward = torch.compile(model) if way == "compiled" else model
+    while True:
+        count = pipe.recv()
         start = time.perf_counter()
         for _ in range(count):
-            with self._cast:
-                loss = self._forward(self._images).loss
+            with cast:
+                loss = forward(images).loss
             loss.backward()
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         loss.item()  # waits
-        return time.perf_counter() - start
+        pipe.send(time.perf_counter() - start)
