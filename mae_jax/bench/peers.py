@@ -45,6 +45,8 @@ def main(config: ConfigDict) -> None:
     steps = {f"transformers, {way}": Peer(model, *of, device, way) for way in ways}
     steps["mae_jax"] = Step(config, mesh)
     rates = rates_in_turns([*steps.values()])  # [ways, rounds]
+    for way in ways:
+        steps[f"transformers, {way}"].end()
     torch, transformers = map(importlib.metadata.version, ("torch", "transformers"))
     print(
         f"{mesh.devices.flat[0].device_kind}, batch {config.batch_size}, {config.compute_dtype}, "
@@ -76,6 +78,10 @@ class Peer:
         self._pipe.send(count)
         return self._pipe.recv()
 
+    def end(self) -> None:
+        """Lets the process end."""
+        self._pipe.send(0)
+
 
 def _run_steps(
     pipe: Any, model: dict[str, Any], batch_size: int, dtype: str, device: str, way: str
@@ -91,8 +97,7 @@ def _run_steps(
     bfloat16 = torch.bfloat16 if dtype == "bfloat16" else None
     cast = torch.autocast(device, dtype=bfloat16, enabled=bfloat16 is not None)
     forward = torch.compile(model) if way == "compiled" else model
-    while True:
-        count = pipe.recv()
+    for count in iter(pipe.recv, 0):
         start = time.perf_counter()
         for _ in range(count):
             with cast:

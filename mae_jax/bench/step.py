@@ -81,11 +81,16 @@ class Step:
 
 def rates_in_turns(steps: Sequence[Step]) -> np.ndarray:
     """Images/s of each step in each round [steps, rounds]. They take turns, round by round: other
-    work on the machine disturbs all."""
+    work on the machine disturbs all. A turn begins with a step that is not timed: the first finds
+    the system's memory as another left it."""
     counts = []
     for step in steps:
         step.run(2)  # warm up
         counts.append(max(1, round(SECONDS_A_ROUND / step.run(1))))
-    turns = list(zip(steps, counts, strict=True))
-    rounds = [[n * step.batch_size / step.run(n) for step, n in turns] for _ in range(ROUNDS)]
-    return np.asarray(rounds).T
+    rates = np.empty((len(steps), ROUNDS))
+    for turn in range(ROUNDS):
+        for i, (step, count) in enumerate(zip(steps, counts, strict=True)):
+            if len(steps) > 1:
+                step.run(1)
+            rates[i, turn] = count * step.batch_size / step.run(count)
+    return rates
