@@ -85,10 +85,10 @@ def _ask_for_huge_pages() -> None:
     """
     spec = sys.modules["__main__"].__spec__  # of `python -m`
     program = spec.name.partition(".")[0] if spec else os.path.basename(sys.argv[0])
-    if sys.platform == "linux" and program in ("mae_jax", "mae-jax"):
-        if "GLIBC_TUNABLES" not in os.environ:
-            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    ours = sys.platform == "linux" and program in ("mae_jax", "mae-jax")
+    if ours and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _skip_absent_tpu() -> None:

@@ -3,11 +3,13 @@
 python -m mae_jax.bench peers --config=configs/pretrain.py:vit_b --config.batch_size=8
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -45,8 +47,6 @@ def main(config: ConfigDict) -> None:
     steps = {f"transformers, {way}": Peer(model, *of, device, way) for way in ways}
     steps["mae_jax"] = Step(config, mesh)
     rates = rates_in_turns([*steps.values()])  # [ways, rounds]
-    for way in ways:
-        steps[f"transformers, {way}"].end()
     torch, transformers = map(importlib.metadata.version, ("torch", "transformers"))
     print(
         f"{mesh.devices.flat[0].device_kind}, batch {config.batch_size}, {config.compute_dtype}, "
@@ -78,10 +78,6 @@ class Peer:
         self._pipe.send(count)
         return self._pipe.recv()
 
-    def end(self) -> None:
-        """Lets the process end."""
-        self._pipe.send(0)
-
 
 def _run_steps(
     pipe: Any, model: dict[str, Any], batch_size: int, dtype: str, device: str, way: str
@@ -97,7 +93,13 @@ def _run_steps(
     bfloat16 = torch.bfloat16 if dtype == "bfloat16" else None
     cast = torch.autocast(device, dtype=bfloat16, enabled=bfloat16 is not None)
     forward = torch.compile(model) if way == "compiled" else model
-    for count in iter(pipe.recv, 0):
+
+    def counts() -> Iterator[int]:
+        with contextlib.suppress(EOFError):  # whoever asked is gone
+            while True:
+                yield pipe.recv()
+
+    for count in counts():
         start = time.perf_counter()
         for _ in range(count):
             with cast:

@@ -148,7 +148,7 @@ class Peers:
         finished process by a signal.
         """
         with contextlib.suppress(Exception):  # then JAX, which waits next, says so
-            self._client.wait_at_barrier("mae_jax/end", int(1000 * SECONDS_TO_END))
+            self._client.wait_at_barrier("mae_jax/end", 1000 * SECONDS_TO_END)
         self._ended.set()
         for thread in self._threads:
             thread.join(SECONDS_TO_LEAVE)
