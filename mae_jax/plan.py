@@ -193,11 +193,13 @@ class Planner:
             return plan
         seconds = time.time() - started
         logging.info("compiled in %.0f s", seconds)
+        devices = list(mesh.devices.flat)
         return dataclasses.replace(
             plan,
             program=read,
             parts=cost.estimate(read, pod.chip),
-            exchanged=tuple(cost.communication(read, pod, list(mesh.devices.flat))),
+            exchanged=tuple(cost.communication(read, pod, devices)),
+            waiting_seconds=cost.waiting(read, pod, devices),
             peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
             compile_seconds=seconds,
         )

@@ -91,16 +91,18 @@ def test_a_step_compiles_for_an_absent_pod(tiny_config, capsys, monkeypatch):
     assert (figures["devices"], figures["hosts"], figures["steps"]) == (4, 1, 1000)
     assert (figures["data"], figures["fsdp"]) == (2, 2)
     seconds = figures["step_seconds"]
-    assert 0 < seconds["hidden"] <= seconds["exposed"]
+    assert 0 < seconds["hidden"] <= seconds["scheduled"] <= seconds["exposed"]
+    waiting = figures["waiting_seconds"]
+    assert seconds["scheduled"] == pytest.approx(figures["compute_seconds"] + waiting)
     assert seconds["exposed"] == pytest.approx(
         figures["compute_seconds"] + figures["communication_seconds"]
     )
-    assert figures["hours"] == pytest.approx(1000 * seconds["exposed"] / 3600)
+    assert figures["hours"] == pytest.approx(1000 * seconds["scheduled"] / 3600)
     assert figures["dollars"] == pytest.approx(2 * 4 * figures["hours"])
     kinds = {(one["kind"], one["over"]) for one in figures["collectives"]}
     assert ("all-gather", "ici") in kinds
     flops = 16 * task.train_flops_per_image
-    assert figures["mfu"] == pytest.approx(flops / seconds["exposed"] / (4 * 197e12))
+    assert figures["mfu"] == pytest.approx(flops / seconds["scheduled"] / (4 * 197e12))
     params = jax.tree.leaves(jax.eval_shape(task.init).params)
     gathered = sum(2 * x.size for x in params if x.ndim > 1)
     assert figures["collective_bytes"] > gathered / 2  # of what each gathers from the other half

@@ -148,13 +148,9 @@ def communication(
       devices: in the order of the mesh (`mesh.devices.flat`); None: in the topology's own.
     """
     devices = pod.topology().devices if devices is None else devices
-    places = [tuple(device.coords) for device in devices]
     sums: dict[tuple[str, str], list[float]] = {}
     for collective, count in program.collectives().items():
-        group = [places[i] for i in collective.groups[0]] if collective.groups else places
-        sent, seconds = _over_dcn(collective, pod)
-        if collective.over == "ici":
-            sent, seconds = _over_ici(collective, group, pod)
+        sent, seconds = _exchange(collective, pod, devices)
         total = sums.setdefault((collective.kind, collective.over), [0.0, 0, 0.0])
         for i, value in enumerate((sent * count, count, seconds * count)):
             total[i] += value
@@ -162,6 +158,39 @@ def communication(
         Communication(kind, over, round(sent), int(count), seconds)
         for (kind, over), (sent, count, seconds) in sums.items()
     ]
+
+
+def waiting(
+    program: Program, pod: Pod, devices: Sequence[Any] | None = None, *, work: float = 1.0
+) -> float:
+    """Seconds of a step in which a device does nothing but exchange, as the program is scheduled.
+
+    An exchange takes what the instructions that run beside it leave of its time. Some run beside
+    none: they are waited for from their first byte to their last.
+
+    Args:
+      program, pod, devices: as for `communication`.
+      work: that instructions take so many times as long as in `program`.
+    """
+    devices = pod.topology().devices if devices is None else devices
+    left: dict[str, float] = {}
+    for i in program.instructions:
+        if i.collective:
+            left[i.name] = i.times * _exchange(i.collective, pod, devices)[1]
+        spare = 0.0 if i.starts else i.times * work * _cost(i, pod.chip, {})["seconds"]
+        for name in i.beside:
+            taken = min(spare, left[name])
+            left[name], spare = left[name] - taken, spare - taken
+    return sum(left.values())
+
+
+def _exchange(collective: Collective, pod: Pod, devices: Sequence[Any]) -> tuple[float, float]:
+    """(bytes that a chip sends, seconds) of one exchange."""
+    if collective.over == "dcn":
+        return _over_dcn(collective, pod)
+    places = [tuple(device.coords) for device in devices]
+    group = [places[i] for i in collective.groups[0]] if collective.groups else places
+    return _over_ici(collective, group, pod)
 
 
 def _over_ici(

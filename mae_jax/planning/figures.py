@@ -12,9 +12,10 @@ from mae_jax.planning.program import Program
 # Of a plan's figures in JSON, by whether those of a step that does not fit are null.
 ALWAYS = ("steps", "state_bytes", "peak_bytes", "decode_ms", "cores_per_host", "price")
 ALWAYS += ("decodable_per_host", "price_source", "advice", "compile_seconds", "modelled_from")
-WHERE_IT_FITS = ("compute_seconds", "communication_seconds", "collective_bytes", "mfu", "hours")
-WHERE_IT_FITS += ("chip_hours", "dollars", "images_per_second", "images_per_second_per_host")
-WHERE_IT_FITS += ("cores_needed_per_host", "starves", "hours_with_data")
+WHERE_IT_FITS = ("compute_seconds", "communication_seconds", "waiting_seconds", "mfu", "hours")
+WHERE_IT_FITS += ("collective_bytes", "chip_hours", "dollars", "images_per_second")
+WHERE_IT_FITS += ("images_per_second_per_host", "cores_needed_per_host", "starves")
+WHERE_IT_FITS += ("hours_with_data",)
 TIGHT = 0.8  # of a host's cores; the rest feeds the device, saves, and serves the network
 
 
@@ -50,6 +51,7 @@ class Plan:
     peak_bytes: int = 0  # that the program takes of a device, or would take
     parts: Mapping[str, PartCost] = dataclasses.field(default_factory=dict)  # if it fits
     exchanged: tuple[Communication, ...] = ()
+    waiting_seconds: float = 0.0  # of the exchange, beside which nothing runs
     program: Program | None = None  # that these are of
     decode_ms: float = 0.0  # CPU time of an image on a host
     price: float | None = None  # dollars a chip-hour
@@ -84,14 +86,19 @@ class Plan:
         return self.compute_seconds + self.communication_seconds
 
     @property
+    def scheduled(self) -> float:
+        """Seconds of a step, exchange behind what the compiler lets run beside it."""
+        return self.compute_seconds + self.waiting_seconds
+
+    @property
     def mfu(self) -> float:
-        """Share of the chips' peak that the model's matrix products take, exchange exposed."""
-        return self.flops / (self.exposed * self.pod.chips * self.pod.chip.flops)
+        """Share of the chips' peak that the model's matrix products take, as scheduled."""
+        return self.flops / (self.scheduled * self.pod.chips * self.pod.chip.flops)
 
     @property
     def hours(self) -> float:
-        """Of the schedule's steps, exchange exposed; no start, evaluation, saving or waiting."""
-        return self.steps * self.exposed / 3600
+        """Of all steps as the compiler schedules each; no start, evaluation, saving or input."""
+        return self.steps * self.scheduled / 3600
 
     @property
     def chip_hours(self) -> float:
@@ -143,7 +150,7 @@ class Plan:
         of_hosts = (
             self.layout.batch_size / self.pod.hosts * self.decode_ms / 1e3 / self.cores_per_host
         )
-        return self.steps * max(self.exposed, of_hosts) / 3600
+        return self.steps * max(self.scheduled, of_hosts) / 3600
 
     @property
     def dollars(self) -> float | None:
@@ -153,7 +160,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The contract of `plan --json`; null where a step that does not fit has no figure."""
         pod, chip = self.pod, self.pod.chip
-        steps = {"hidden": self.hidden, "exposed": self.exposed}
+        steps = {name: getattr(self, name) for name in ("hidden", "scheduled", "exposed")}
         return {
             **{name: getattr(self, name) for name in ("fits", *ALWAYS)},
             **{name: getattr(self, name) if self.fits else None for name in WHERE_IT_FITS},

@@ -112,6 +112,7 @@ class Instruction:
       estimated_cycles: the compiler's figure, 0 where it has none.
       starts: it begins a copy that goes on while others run.
       waits_for: the copy, by its name, that it waits for.
+      beside: exchanges under way while it runs, by the names of the instructions that begin them.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Instruction:
     collective: Collective | None = None
     starts: bool = False
     waits_for: str = ""
+    beside: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +281,8 @@ def _up(size: int, to: int) -> int:
 def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
     """What runs when a computation does so `times` times, in order."""
     parts = _parts(lines)
-    chains = set()
+    chains: dict[str, str] = {}  # what begins an exchange that is written in several instructions
+    begun: list[str] = []  # exchanges that go on until an instruction waits for them
     for line in lines:
         if line.opcode == "while":
             count = times * _trip_count(line)
@@ -289,16 +292,22 @@ def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
             yield from max(branches, key=lambda b: (Program(tuple(b)).flops, len(b)))
         elif line.opcode not in FREE and not any(name in line.rest for name in FREE_CALLS):
             collective = _collective(line)
-            # One that goes on beside several instructions is written in each of them.
-            inner = [x for x in line.everything if x.collective]
-            chain = max((x.find(r'chain_id="(\d+)"') for x in inner), default="")
-            if chain:
-                collective = None if chain in chains else collective
-                chains.add(chain)
-            traffic = [] if collective else list(_traffic(line))
             waits = line if line.opcode.endswith("-done") and line.operands else None
             while waits and waits.opcode.endswith(("-done", "-update")):
                 waits = waits.operands[0]
+            if waits and waits.name in begun:
+                begun.remove(waits.name)
+            beside = tuple(begun)
+            # One that goes on beside several instructions is written in each of them.
+            inner = [x for x in line.everything if x.collective]
+            chain = max((x.find(r'chain_id="(\d+)"') for x in inner), default="")
+            if chain in chains:
+                collective, beside = None, (chains[chain], *beside)
+            elif chain:
+                chains[chain] = line.name
+            elif collective and line.opcode.endswith(("-start", "send")):
+                begun.append(line.name)
+            traffic = [] if collective else list(_traffic(line))
             yield Instruction(
                 name=line.name,
                 opcode=line.opcode,
@@ -312,6 +321,7 @@ def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
                 collective=collective,
                 starts=line.opcode in COPIES,
                 waits_for=waits.name if waits else "",
+                beside=beside,
             )
 
 

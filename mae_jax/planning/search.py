@@ -131,10 +131,12 @@ def modelled(plan: Plan, pod: Pod, layout: Layout) -> Plan:
     peak = state + round((plan.peak_bytes - plan.state_bytes) * max(1, more))  # an upper bound
     program = _between(plan.program, old, layout)
     mesh = make_mesh(layout.data, layout.fsdp, list(pod.topology().devices))
+    devices = list(mesh.devices.flat)
     changes = {
         "flops": plan.flops * layout.batch_size / old.batch_size,
         "parts": parts,
-        "exchanged": tuple(cost.communication(program, pod, list(mesh.devices.flat))),
+        "exchanged": tuple(cost.communication(program, pod, devices)),
+        "waiting_seconds": cost.waiting(program, pod, devices, work=more),
         "program": program,
         "state_bytes": state,
         "peak_bytes": peak,

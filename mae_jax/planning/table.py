@@ -81,9 +81,10 @@ def _exchange(plan: Plan) -> list[str]:
 
 
 def _schedule(plan: Plan) -> list[str]:
-    seconds = f"{amount(1e3 * plan.hidden)} to {amount(1e3 * plan.exposed)} ms"
+    hidden, scheduled, exposed = (amount(1e3 * x) for x in _step_seconds(plan))
     rows = [
-        f"{seconds} a step (exchange hidden behind compute, or not); MFU {plan.mfu:.1%}",
+        f"{scheduled} ms a step as the compiler schedules it ({hidden} with all exchange hidden "
+        f"behind compute, {exposed} with none); MFU {plan.mfu:.1%}",
         f"{plan.steps:,} steps: {amount(plan.hours)} h, {amount(plan.chip_hours)} chip-hours; "
         "starts, evaluation, saving, waiting and repeated steps come on top",
     ]
@@ -128,7 +129,7 @@ def compared(plans: Iterable[Plan]) -> str:
         if plan.fits:
             dollars = "-" if plan.dollars is None else amount(plan.dollars)
             row += [
-                f"{amount(1e3 * plan.hidden)} to {amount(1e3 * plan.exposed)}",
+                "{1} ({0} to {2})".format(*(amount(1e3 * x) for x in _step_seconds(plan))),
                 f"{plan.mfu:.1%}",
             ]
             row += [amount(plan.hours), amount(plan.chip_hours), *[dollars] * priced]
@@ -144,6 +145,10 @@ def compared(plans: Iterable[Plan]) -> str:
     if modelled:
         lines.append(f"* modelled from what was compiled for {', '.join(sorted(modelled))}")
     return "\n".join(lines)
+
+
+def _step_seconds(plan: Plan) -> tuple[float, float, float]:
+    return plan.hidden, plan.scheduled, plan.exposed
 
 
 def amount(number: float) -> str:

@@ -255,3 +255,35 @@ def test_two_devices_of_a_chip_share_its_links():
     assert exchange(pod, "all-reduce", 1 << 20, cores)[0] == pytest.approx(4 * (1 << 20) * 3 / 4)
     assert exchange(pod, "all-reduce", 1 << 20, ((0, 1), (2, 3)))[0] == 0
     assert isinstance(pod, Pod)
+
+
+def test_an_exchange_takes_what_the_work_beside_it_leaves():
+    pod = parse_pod("v5e:16x16")
+    second = int(pod.chip.hbm_bandwidth)  # bytes
+    size = round(180e9 / 2 * 256 / 255)  # of which both ways take a second on four links
+    total = Collective("all-reduce", size, "ici", ())
+
+    def waiting(*instructions, **how):
+        return cost.waiting(Program(instructions), pod, places(pod), **how)
+
+    begin = Instruction("x", "fusion", "collectives", 2, collective=total)
+    beside = Instruction("b", "fusion", "rest", 2, hbm_bytes=second // 4, beside=("x",))
+    other = Instruction("o", "fusion", "rest", 2, hbm_bytes=second)
+    assert waiting(begin, other) == pytest.approx(2.0, rel=0.01)
+    assert waiting(begin, beside, other) == pytest.approx(1.5, rel=0.01)
+    assert waiting(begin, beside, beside, other) == pytest.approx(1.0, rel=0.01)
+    assert waiting(begin, *[beside] * 5, other) == pytest.approx(0.0, abs=0.01)
+    assert waiting(begin, beside, other, work=2.0) == pytest.approx(1.0, rel=0.01)
+
+
+def test_work_beside_two_exchanges_hides_its_own_time_once():
+    pod = parse_pod("v5e:16x16")
+    size = round(180e9 / 2 * 256 / 255)
+    begin = [
+        Instruction(name, "fusion", "rest", 1, collective=Collective("all-reduce", size, "ici", ()))
+        for name in "xy"
+    ]
+    bytes_moved = int(1.5 * pod.chip.hbm_bandwidth)
+    beside = Instruction("b", "fusion", "rest", 1, hbm_bytes=bytes_moved, beside=("x", "y"))
+    waited = cost.waiting(Program((*begin, beside)), pod, places(pod))
+    assert waited == pytest.approx(0.5, rel=0.01)

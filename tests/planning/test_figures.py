@@ -13,7 +13,8 @@ def test_figures_of_a_run_by_hand():
     made = plan(price=1.5, price_source="as given")
     figures = made.as_json()
     assert figures["fits"] is True
-    assert figures["step_seconds"] == pytest.approx({"hidden": 0.2, "exposed": 0.25})
+    steps = {"hidden": 0.2, "scheduled": 0.25, "exposed": 0.25}
+    assert figures["step_seconds"] == pytest.approx(steps)
     assert figures["mfu"] == pytest.approx(1e14 / 0.25 / (256 * 197e12))
     assert figures["hours"] == pytest.approx(2.5)
     assert figures["chip_hours"] == pytest.approx(640)
@@ -27,8 +28,18 @@ def test_figures_of_a_run_by_hand():
 
 
 def test_a_step_whose_exchange_takes_longest_cannot_hide_it():
-    figures = plan(exchange=0.3).as_json()
-    assert figures["step_seconds"] == pytest.approx({"hidden": 0.3, "exposed": 0.5})
+    figures = plan(exchange=0.3, waiting_seconds=0.1).as_json()
+    steps = {"hidden": 0.3, "scheduled": 0.3, "exposed": 0.5}
+    assert figures["step_seconds"] == pytest.approx(steps)
+
+
+def test_a_run_takes_as_long_as_its_steps_are_scheduled():
+    made = plan(waiting_seconds=0.02)
+    assert made.as_json()["step_seconds"]["scheduled"] == pytest.approx(0.22)
+    assert made.mfu == pytest.approx(1e14 / 0.22 / (256 * 197e12))
+    assert made.hours == made.hours_with_data == pytest.approx(2.2)
+    assert "220 ms a step as the compiler schedules it (200 with all exchange" in describe(made)
+    assert "220 (200 to 250)" in compared([made])
 
 
 def test_hosts_that_are_too_slow_set_the_pace():
@@ -46,7 +57,8 @@ def test_a_person_reads_what_fits_and_what_it_takes():
     for line in (
         "v5e-256: 256 chips TPU v5 lite; hosts 64; slices of 16x16, 2 of 2 sides rings",
         "fits: 10.00 of 15.75 GiB a device at its peak, 5.75 GiB (37%) to spare",
-        "200 to 250 ms a step (exchange hidden behind compute, or not)",
+        "250 ms a step as the compiler schedules it (200 with all exchange hidden behind compute, "
+        "250 with none)",
         "36,000 steps: 2.5 h, 640 chip-hours",
         "$960 at $1.5 a chip-hour (as given): an estimate",
         "each host decodes 320 images/s: 1.28 of its 112 cores at 4 CPU-ms an image",
@@ -79,7 +91,7 @@ def test_out_of_memory_is_an_answer(error, gib):
     assert f"does not fit: needs {gib:.1f} of 15.75 GiB: try --config." in describe(made)
     figures = made.as_json()
     assert figures["fits"] is False
-    assert figures["step_seconds"] == {"hidden": None, "exposed": None}
+    assert figures["step_seconds"] == dict.fromkeys(("hidden", "scheduled", "exposed"))
     assert figures["mfu"] is figures["hours"] is figures["collective_bytes"] is None
 
 

@@ -80,8 +80,8 @@ ENTRY %main (a: bf16[64,1024], b: bf16[1024,4096], c: f32[24,8,128], d: bf16[128
   %agm = (f32[8,128]{1,0:T(8,128)}, bf16[128,512]{1,0:T(8,128)(2,1)}, bf16[512,512]{1,0:T(8,128)(2,1)}) fusion(%ags.0, %ags.1, %e), kind=kCustom, calls=%beside
   %f = f32[8,128]{1,0:T(8,128)} get-tuple-element(%agm), index=0
   %away = bf16[64,4096]{1,0:T(8,128)(2,1)} copy(%mlp)
-  %turn = f32[50,64]{0,1:T(8,128)} copy(%z)
   %sum = f32[8,128]{1,0:T(8,128)} all-reduce-start(%f), replica_groups={}, to_apply=%add
+  %turn = f32[50,64]{0,1:T(8,128)} copy(%z)
   ROOT %summed = f32[8,128]{1,0:T(8,128)} all-reduce-done(%sum)
 }
 """
@@ -138,6 +138,13 @@ def test_what_goes_on_beside_several_fusions_is_one_exchange(lines):
         Collective("all-gather", 2 * 512 * 512, "ici", ((0, 2, 4, 6), (1, 3, 5, 7))): 1,
         Collective("all-reduce", 4 * 8 * 128, "ici", ()): 1,
     }
+
+
+def test_what_runs_while_an_exchange_is_under_way_is_beside_it(lines):
+    assert lines["agm"].beside == ("ags",)
+    assert lines["turn"].beside == ("sum",)
+    for name in ("ags", "mlp", "away", "sum", "summed", "one", "g"):
+        assert lines[name].beside == ()
 
 
 @pytest.mark.parametrize(
