@@ -206,6 +206,7 @@ FIELDS = {
     "optim.ema": Field(0.0, "[0, 1)", "decay of the weights' moving average; 0: none", AVERAGED),
     "mesh.data": Free(-1, "-1 or [1, inf)", "ways to split the batch; -1: what fsdp leaves"),
     "mesh.fsdp": Free(1, "-1 or [1, inf)", "ways to split batch and state; -1: a slice"),
+    "mesh.overlap": Free(False, ANY, "TPU v5e, v6e: sums over devices beside other work"),
     # A folder or bucket. Empty: JAX_COMPILATION_CACHE_DIR, or mae_jax/compiled in ~/.cache.
     "compile.cache_dir": Free("", ANY, "where compiled programs are kept; none: nowhere"),
     "profile.start": Free(10, "[0, inf)", "steps before those that JAX's profiler traces"),

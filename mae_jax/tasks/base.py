@@ -15,6 +15,7 @@ from mae_jax.augment.pixels import example_keys
 from mae_jax.data.record import ArraySpec
 from mae_jax.data.splits import Splits
 from mae_jax.distributed.mesh import batch_sharding
+from mae_jax.distributed.overlap import compiler_options
 from mae_jax.evaluators.means import Evaluation
 from mae_jax.interop.export import export_encoder
 from mae_jax.models.spec import ModelSpec
@@ -55,6 +56,7 @@ class BaseTask:
         self.batch_size = config.batch_size
         self.eval_batch_size = config.eval.batch_size or config.batch_size
         self.mesh, self.spec, self.encoder = mesh, spec, encoder
+        self.compiler_options = compiler_options(mesh) if config.mesh.overlap else {}
         self.mean, self.std = spec.mean, spec.std
         self.image_shape = (*spec.image_size, spec.channels)
         self.batch_schema = {

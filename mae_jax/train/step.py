@@ -36,4 +36,5 @@ def lower_step(task: Task, abstract: Any) -> Any:
         in_shardings=(shardings, everywhere, batch_sharding(task.mesh)),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        compiler_options=dict(task.compiler_options),
     ).lower(abstract, totals, batch)

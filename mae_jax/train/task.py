@@ -1,6 +1,6 @@
 """What the trainer, evaluators and pictures ask of a task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +19,7 @@ class Task(Protocol):
     """Pure functions of (state, batch) and what surrounds them."""
 
     mesh: Mesh  # where steps run
+    compiler_options: Mapping[str, Any]  # of XLA, for the training step
     total_steps: int
     batch_size: int  # global, as the next
     eval_batch_size: int
