@@ -8,7 +8,7 @@ from mae_jax import UserError
 
 # Matrices of gradients stay alone, vectors are summed together: libtpu sums several arrays at once
 # only while nothing else runs.
-LARGEST_SUM = {"xla_jf_crs_combiner_threshold_in_bytes": 2_000_000}
+LARGEST_SUM = {"xla_jf_crs_combiner_threshold_in_bytes": 8_000_000}
 # In pieces, between those of the matrix products that follow. libtpu refuses that on other chips.
 BETWEEN_PRODUCTS = LARGEST_SUM | {
     "xla_enable_async_all_reduce": True,

@@ -83,15 +83,10 @@ def test_split_parameters_are_gathered_once_and_their_gradients_scattered(compil
 
 @pytest.mark.slow
 def test_a_step_sums_gradients_beside_other_work_where_it_is_told_to(compiled):
-    wide = {"model__width": 512}  # matrices of 4 MiB
-    pod = parse_pod("v5e:2x2")
-    waits, seconds = [], []
-    for overlap in (False, True):
-        _, _, read, exchanged = compiled(**wide, mesh__overlap=overlap)
-        waits.append(cost.waiting(read, pod))
-        seconds.append(sum(one.seconds for one in exchanged))
-    assert waits[0] == pytest.approx(seconds[0])
-    assert waits[1] < 0.99 * seconds[1]  # products of 16 images hide no more
+    # Matrices of 16 MiB, which 16 images leave little to do beside.
+    _, _, read, exchanged = compiled(model__width=1024, mesh__overlap=True)
+    seconds = sum(one.seconds for one in exchanged)
+    assert cost.waiting(read, parse_pod("v5e:2x2")) < 0.99 * seconds
 
 
 @pytest.mark.slow
