@@ -1,8 +1,9 @@
 """How fast the input pipeline is, and how true, beside the same work done with Pillow alone.
 
 Both ways to resize (`data.resize`) and the plain one fill the same batches, with the same crops, in
-the same threads or workers; RandAugment and colour jitter are the same code. They take turns, round
-by round, because other work on the machine disturbs all; CPU-seconds are disturbed least.
+the same threads or workers; RandAugment and colour jitter are the same code. So do Pillow's quicker
+resize of what is decoded here, "gap", and decoding alone. They take turns, round by round, because
+other work on the machine disturbs all; CPU-seconds are disturbed least.
 
 Of prepared data sets it also tells how often an epoch reads storage in either `data.order`, counted
 without reading: in a bucket every read is a request, which takes its time and costs money.
@@ -36,6 +37,7 @@ LARGEST_BATCH = 128  # a round should take about a second
 SAMPLED = 32  # records whose size is looked at
 PROCESSES = (1, 16)
 COMPARED = 128  # crops whose pixels are compared
+REDUCING_GAP = 2.0  # of Pillow's resize: what shrinks 4 times and more is first averaged
 HALF_NYQUIST = (0.2, 0.3)  # cycles a pixel: the band about half the highest frequency
 
 
@@ -65,6 +67,30 @@ class Plain(TrainTransform):
         return {"image": self.augmented(pixels, rng)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Reducing(TrainTransform):
+    """A `TrainTransform` that shrinks in two steps, the first one by averaging."""
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns "image"."""
+        image = Image.fromarray(self.decoded(record).image.squeeze())
+        top, left, h, w = self.box(rng, image.height, image.width)
+        how = {"box": (left, top, left + w, top + h), "reducing_gap": REDUCING_GAP}
+        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, **how)
+        pixels = np.asarray(image).reshape(*self.size, self.channels)
+        return {"image": self.augmented(pixels, rng)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding(TrainTransform):
+    """What every way has to do, and no more."""
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns "image", which shows nothing."""
+        self.decoded(record)
+        return {"image": np.zeros((*self.size, self.channels), np.uint8)}
+
+
 def main(config: ConfigDict) -> None:
     """Prints for each way its rate, its price, and how far its pixels lie from the plain one's."""
     validate(config)
@@ -77,6 +103,7 @@ def main(config: ConfigDict) -> None:
     splits = dataclasses.replace(splits, batch_size=min(config.batch_size, largest))
     transform = splits.train_transform
     ways = {name: dataclasses.replace(transform, resize=name) for name in RESIZES}
+    ways |= {"gap": Reducing(**vars(transform)), "decode": Decoding(**vars(transform))}
     ways["plain"] = Plain(**vars(transform))
     of_each = [dataclasses.replace(splits, train_transform=way) for way in ways.values()]
     images = STEPS * splits.batch_size
@@ -90,13 +117,16 @@ def main(config: ConfigDict) -> None:
     )
     rates, cpu = np.median(1 / costs[..., 0], 0), np.median(1e3 * costs[..., 1], 0)
     ratios = np.median(costs[:, -1:, 1] / costs[..., 1], 0)
-    pixels = [_crops(splits, way) for way in ways.values()]
-    power = [sum(map(_power, crops)) for crops in pixels]
+    pixels = {name: _crops(splits, way) for name, way in ways.items() if name != "decode"}
+    power = {name: sum(map(_power, crops)) for name, crops in pixels.items()}
     print("        images/s  CPU-ms each  x plain  grey levels off  power at half Nyquist")
     for i, name in enumerate(ways):
-        off = np.mean([np.abs(a - b).mean() for a, b in zip(pixels[i], pixels[-1], strict=True)])
-        speed = f"{name:6s} {rates[i]:9.1f} {cpu[i]:12.2f} {ratios[i]:8.2f}"
-        print(f"{speed} {off:16.2f} {power[i] / power[-1]:22.3f}")
+        row = f"{name:6s} {rates[i]:9.1f} {cpu[i]:12.2f} {ratios[i]:8.2f}"
+        if name in pixels:
+            pairs = zip(pixels[name], pixels["plain"], strict=True)
+            off = np.mean([np.abs(a - b).mean() for a, b in pairs])
+            row += f" {off:16.2f} {power[name] / power['plain']:22.3f}"
+        print(row)
 
 
 def print_reads(splits: Splits, windows: Windows) -> None:
