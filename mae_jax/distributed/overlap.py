@@ -9,10 +9,12 @@ from mae_jax import UserError
 # Matrices of gradients stay alone, vectors are summed together: libtpu sums several arrays at once
 # only while nothing else runs.
 LARGEST_SUM = {"xla_jf_crs_combiner_threshold_in_bytes": 8_000_000}
-# In pieces, between those of the matrix products that follow. libtpu refuses that on other chips.
+# In pieces, between those of the matrix products that follow; libtpu refuses that on other chips.
+# Parameters split over both sides of a torus are gathered so, too, and not as sums with zeros.
 BETWEEN_PRODUCTS = LARGEST_SUM | {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
 # By the sparse cores, beside whatever the others do.
 ON_SPARSE_CORES = LARGEST_SUM | {
@@ -30,8 +32,8 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """Of XLA, with which sums over devices run beside other work; for other chips UserError.
 
     Left alone libtpu sums gradients in a few large pieces beside which nothing runs, but on TPU7x,
-    where it does this by itself. The options are those that Google's recipes for training on these
-    chips (MaxText) set for all programs.
+    where it does better by itself. The options are among those that Google's recipes for training
+    on TPUs (MaxText) set for all programs.
     """
     kind = mesh.devices.flat[0].device_kind
     if kind not in BY_DEVICE_KIND:
