@@ -16,17 +16,13 @@ CHIP_NAMES = ("v5e", pytest.param("v6e", marks=pytest.mark.slow))
 MIB = 2**20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    pytest.importorskip("libtpu", reason="needs the TPU compiler")
-
-
 def shape(*dims, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
 def compiled(function, *arguments, chip):
     """The program of `function` for one chip."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
     device = parse_pod(f"{chip}-1").topology().devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     return program.compile_and_read(jax.jit(function, in_shardings=sharding).lower(*arguments))[1]
@@ -158,6 +154,7 @@ def devices_of(pod):
 
 def exchanged(pod, function, given, out):
     """What the program exchanges that maps a float32 array of 64 MiB, or the parts of one."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
     devices = devices_of(pod)
     mapped = jax.shard_map(
         function, mesh=Mesh(devices, ("s", "c")), in_specs=given, out_specs=out, check_vma=False
