@@ -27,6 +27,7 @@ print("shown:", *(f"{picture.width}x{picture.height}" for picture in shown))
 """
 
 
+@pytest.mark.slow
 def test_the_tour_runs_beside_a_run_of_the_quickstart(tmp_path):
     pytest.importorskip("skimage", reason="the tour's pictures are scikit-image's")
     runs, docs = tmp_path / "runs", tmp_path / "docs"

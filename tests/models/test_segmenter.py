@@ -154,6 +154,7 @@ def losses_and_gradients(devices, fsdp, images, params, labels):
     return jax.device_get(run(state, batch))
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_loss_gradients_and_statistics_of_one(images, segmenter):
     labels = np.random.default_rng(1).integers(0, 5, (8, 8, 12)).astype(np.uint8)
     labels[:, :2] = 255

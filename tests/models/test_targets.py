@@ -302,6 +302,7 @@ def targets(monkeypatch):
     monkeypatch.setitem(TARGETS, "brightness", Brightness)
 
 
+@pytest.mark.slow
 def test_a_fitted_target_is_learned_drawn_exported_and_read_back(targets, tmp_path):
     spec = dataclasses.replace(SPEC, target="pca")
     model, keys = spec.mae(position_params=True), jax.random.split(jax.random.key(0), 2)
