@@ -91,7 +91,10 @@ def test_a_step_compiles_for_an_absent_pod(tiny_config, capsys, monkeypatch):
     assert (figures["devices"], figures["hosts"], figures["steps"]) == (4, 1, 1000)
     assert (figures["data"], figures["fsdp"]) == (2, 2)
     seconds = figures["step_seconds"]
-    assert 0 < seconds["hidden"] <= seconds["scheduled"] <= seconds["exposed"]
+    assert 0 < seconds["hidden"] <= seconds["exposed"]
+    rounding = 1 + 1e-12  # sums in another order
+    assert seconds["hidden"] <= seconds["scheduled"] * rounding
+    assert seconds["scheduled"] <= seconds["exposed"] * rounding
     waiting = figures["waiting_seconds"]
     assert seconds["scheduled"] == pytest.approx(figures["compute_seconds"] + waiting)
     assert seconds["exposed"] == pytest.approx(

@@ -59,12 +59,7 @@ class Plain(TrainTransform):
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns "image"."""
-        image = self.decoded(record).image
-        top, left, h, w = self.box(rng, image.height, image.width)
-        corners = (left, top, left + w, top + h)
-        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=corners)
-        pixels = np.asarray(image).reshape(*self.size, self.channels)
-        return {"image": self.augmented(pixels, rng)}
+        return _resized(self, self.decoded(record).image, rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +69,21 @@ class Reducing(TrainTransform):
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns "image"."""
         image = Image.fromarray(self.decoded(record).image.squeeze())
-        top, left, h, w = self.box(rng, image.height, image.width)
-        how = {"box": (left, top, left + w, top + h), "reducing_gap": REDUCING_GAP}
-        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, **how)
-        pixels = np.asarray(image).reshape(*self.size, self.channels)
-        return {"image": self.augmented(pixels, rng)}
+        return _resized(self, image, rng, REDUCING_GAP)
+
+
+def _resized(
+    transform: TrainTransform,
+    image: Image.Image,
+    rng: np.random.Generator,
+    gap: float | None = None,
+) -> dict[str, np.ndarray]:
+    """What Pillow alone makes of a decoded picture."""
+    top, left, h, w = transform.box(rng, image.height, image.width)
+    corners, bicubic = (left, top, left + w, top + h), Image.Resampling.BICUBIC
+    image = image.resize(transform.size[::-1], bicubic, box=corners, reducing_gap=gap)
+    pixels = np.asarray(image).reshape(*transform.size, transform.channels)
+    return {"image": transform.augmented(pixels, rng)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,10 +147,10 @@ def communication(
       pod: that it was compiled for.
       devices: in the order of the mesh (`mesh.devices.flat`); None: in the topology's own.
     """
-    devices = pod.topology().devices if devices is None else devices
+    places = _places(pod, devices)
     sums: dict[tuple[str, str], list[float]] = {}
     for collective, count in program.collectives().items():
-        sent, seconds = _exchange(collective, pod, devices)
+        sent, seconds = _exchange(collective, pod, places)
         total = sums.setdefault((collective.kind, collective.over), [0.0, 0, 0.0])
         for i, value in enumerate((sent * count, count, seconds * count)):
             total[i] += value
@@ -172,23 +172,30 @@ def waiting(
       program, pod, devices: as for `communication`.
       work: that instructions take so many times as long as in `program`.
     """
-    devices = pod.topology().devices if devices is None else devices
+    places = _places(pod, devices)
     left: dict[str, float] = {}
     for i in program.instructions:
         if i.collective:
-            left[i.name] = i.times * _exchange(i.collective, pod, devices)[1]
-        spare = 0.0 if i.starts else i.times * work * _cost(i, pod.chip, {})["seconds"]
-        for name in i.beside:
-            taken = min(spare, left[name])
-            left[name], spare = left[name] - taken, spare - taken
+            left[i.name] = i.times * _exchange(i.collective, pod, places)[1]
+        if i.beside and not i.starts:
+            spare = i.times * work * _cost(i, pod.chip, {})["seconds"]
+            for name in i.beside:
+                taken = min(spare, left[name])
+                left[name], spare = left[name] - taken, spare - taken
     return sum(left.values())
 
 
-def _exchange(collective: Collective, pod: Pod, devices: Sequence[Any]) -> tuple[float, float]:
-    """(bytes that a chip sends, seconds) of one exchange."""
+def _places(pod: Pod, devices: Sequence[Any] | None) -> list[tuple[int, ...]]:
+    devices = pod.topology().devices if devices is None else devices
+    return [tuple(device.coords) for device in devices]
+
+
+def _exchange(
+    collective: Collective, pod: Pod, places: Sequence[tuple[int, ...]]
+) -> tuple[float, float]:
+    """(bytes that a chip sends, seconds) of one exchange among devices at `places`."""
     if collective.over == "dcn":
         return _over_dcn(collective, pod)
-    places = [tuple(device.coords) for device in devices]
     group = [places[i] for i in collective.groups[0]] if collective.groups else places
     return _over_ici(collective, group, pod)
 

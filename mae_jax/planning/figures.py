@@ -91,6 +91,11 @@ class Plan:
         return self.compute_seconds + self.waiting_seconds
 
     @property
+    def step_seconds(self) -> dict[str, float]:
+        """The three of these."""
+        return {name: getattr(self, name) for name in ("hidden", "scheduled", "exposed")}
+
+    @property
     def mfu(self) -> float:
         """Share of the chips' peak that the model's matrix products take, as scheduled."""
         return self.flops / (self.scheduled * self.pod.chips * self.pod.chip.flops)
@@ -160,7 +165,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The contract of `plan --json`; null where a step that does not fit has no figure."""
         pod, chip = self.pod, self.pod.chip
-        steps = {name: getattr(self, name) for name in ("hidden", "scheduled", "exposed")}
+        steps = self.step_seconds
         return {
             **{name: getattr(self, name) for name in ("fits", *ALWAYS)},
             **{name: getattr(self, name) if self.fits else None for name in WHERE_IT_FITS},

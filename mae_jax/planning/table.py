@@ -81,7 +81,7 @@ def _exchange(plan: Plan) -> list[str]:
 
 
 def _schedule(plan: Plan) -> list[str]:
-    hidden, scheduled, exposed = (amount(1e3 * x) for x in _step_seconds(plan))
+    hidden, scheduled, exposed = (amount(1e3 * x) for x in plan.step_seconds.values())
     rows = [
         f"{scheduled} ms a step as the compiler schedules it ({hidden} with all exchange hidden "
         f"behind compute, {exposed} with none); MFU {plan.mfu:.1%}",
@@ -129,7 +129,7 @@ def compared(plans: Iterable[Plan]) -> str:
         if plan.fits:
             dollars = "-" if plan.dollars is None else amount(plan.dollars)
             row += [
-                "{1} ({0} to {2})".format(*(amount(1e3 * x) for x in _step_seconds(plan))),
+                "{1} ({0} to {2})".format(*(amount(1e3 * x) for x in plan.step_seconds.values())),
                 f"{plan.mfu:.1%}",
             ]
             row += [amount(plan.hours), amount(plan.chip_hours), *[dollars] * priced]
@@ -145,10 +145,6 @@ def compared(plans: Iterable[Plan]) -> str:
     if modelled:
         lines.append(f"* modelled from what was compiled for {', '.join(sorted(modelled))}")
     return "\n".join(lines)
-
-
-def _step_seconds(plan: Plan) -> tuple[float, float, float]:
-    return plan.hidden, plan.scheduled, plan.exposed
 
 
 def amount(number: float) -> str:
