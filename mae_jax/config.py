@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import mae_jax
 from mae_jax import UserError
+from mae_jax.models.attention import ATTENTION
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.masking import KINDS
 from mae_jax.models.spec import DECODERS
@@ -101,6 +102,9 @@ FIELDS = {
     "model.heads": Field(0, "[0, inf)", "0 takes the variant's", VIT),
     "model.stacking": Free(
         "unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower", VIT
+    ),
+    "model.attention": Free(
+        "plain", ATTENTION, "kernel: our own, TPUs, above 128 tokens", (*MAE, *CLASSIFY)
     ),
     "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work", VIT),
     # bfloat16 here and in optim.reduce_dtype takes 8 % fewer cycles and as much memory (`plan`:

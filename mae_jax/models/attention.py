@@ -3,14 +3,33 @@
 import jax
 import jax.numpy as jnp
 
+from mae_jax.models.attention_kernel import fused
+
+ATTENTION = ("plain", "kernel")
+# Tokens; with no more of them the compiler's own products, laid out as the projections like, win.
+LONGEST_PLAIN = 128
+
 
 @jax.named_scope("attention")
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None = None,
+    kind: str = "plain",
+) -> jax.Array:
     """Scaled dot-product attention of [B, N, heads, head_dim], softmax in float32; typed like `v`.
 
-    `bias` [heads, N, N] float32 is added to the logits of (query, key). A plain einsum: at MAE's 50
-    to 257 tokens the compiler fuses it as well as a kernel by hand.
+    `bias` [heads, N, N] float32 is added to the logits of (query, key). `kind` "kernel":
+    where there are more than 128 tokens by `attention_kernel`, which is for TPUs, knows no bias and
+    is not split over devices by the compiler: for use inside `shard_map`.
     """
+    if kind == "kernel" and q.shape[1] > LONGEST_PLAIN:
+        if bias is not None:
+            raise ValueError("the kernel of attention knows no relative biases")
+        b, n, heads, d = q.shape
+        arrays = (x.transpose(0, 2, 3, 1).reshape(b * heads, d, n) for x in (q, k, v))
+        return fused(*arrays).reshape(b, heads, d, n).transpose(0, 3, 1, 2)
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
     if bias is not None:

@@ -25,6 +25,7 @@ class Decoder(nn.Module):
     stacking: str = "unrolled"
     remat: str = "none"
     position_params: bool = False  # as in `ViT`
+    attention: str = "plain"  # one of `ATTENTION`
 
     @nn.compact
     def __call__(self, latent: jax.Array, masking: Masking | None) -> jax.Array:
@@ -42,7 +43,8 @@ class Decoder(nn.Module):
         if self.position_params:
             positions = self.param("pos_embed", lambda _: positions[None])[0]
         x = x + positions.astype(residual)
-        x = Blocks(self.depth, self.heads, self.dtype, self.stacking, self.remat, name="blocks")(x)
+        how = (self.dtype, self.stacking, self.remat)
+        x = Blocks(self.depth, self.heads, *how, attention=self.attention, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x)
         return dense(x, self.outputs, self.dtype, "pred", residual)[:, 1:]
 

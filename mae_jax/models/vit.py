@@ -149,6 +149,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     result: jnp.dtype
     bias_grid: tuple[int, int] | None = None  # of the tokens, where there are relative biases
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -165,7 +166,7 @@ class Attention(nn.Module):
             shape = ((2 * h - 1) * (2 * w - 1) + 3, self.heads)
             table = self.param("relative_bias", nn.initializers.zeros, shape)
             relative = relative_bias(jnp.asarray(table, jnp.float32), self.bias_grid)
-        x = attention(q, k, v, relative)  # [B, N, heads, head_dim]
+        x = attention(q, k, v, relative, self.attention)  # [B, N, heads, head_dim]
         kernel, bias = Linear(d, name="proj")(d)
         kernel = kernel.astype(self.dtype).reshape(self.heads, head_dim, d)
         return product(x, kernel, self.result, contracted=2) + bias.astype(self.result)  # [B, N, D]
@@ -204,6 +205,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     bias_grid: tuple[int, int] | None = None
     layer_scale: bool = False
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, x: jax.Array, path_scale: jax.Array | None = None) -> jax.Array:
@@ -216,7 +218,8 @@ class Block(nn.Module):
             return x + y.astype(x.dtype)
 
         y = layer_norm(self.dtype, "norm1")(x)
-        attn = Attention(self.heads, self.dtype, x.dtype, self.bias_grid, name="attn")
+        how = (self.dtype, x.dtype, self.bias_grid, self.attention)
+        attn = Attention(self.heads, *how, name="attn")
         x = add(x, attn(y), 0)
         y = layer_norm(self.dtype, "norm2")(x)
         return add(x, Mlp(self.dtype, x.dtype, name="mlp")(y), 1)
@@ -234,6 +237,7 @@ class Blocks(nn.Module):
       bias_grid: height and width of the tokens, where blocks have relative position biases.
       layer_scale: whether blocks scale their branches by learnt vectors.
       taps: blocks, counted from 0, whose outputs are returned in place of the last one's.
+      attention: one of `ATTENTION`.
     """
 
     depth: int
@@ -245,6 +249,7 @@ class Blocks(nn.Module):
     bias_grid: tuple[int, int] | None = None
     layer_scale: bool = False
     taps: tuple[int, ...] = ()
+    attention: str = "plain"
 
     @nn.compact
     def __call__(
@@ -252,7 +257,7 @@ class Blocks(nn.Module):
     ) -> jax.Array | tuple[jax.Array, ...]:
         """Runs x [B, N, D] through the stack; `path_scale` as `drop_path_scale` gives it. With
         `taps` the tokens [B, N, D] after each of these."""
-        how = (self.heads, self.dtype, self.bias_grid, self.layer_scale)
+        how = (self.heads, self.dtype, self.bias_grid, self.layer_scale, self.attention)
         seen = {}  # blocks done -> tokens
         if self.is_initializing():
             for i in range(self.depth):
@@ -321,6 +326,7 @@ class ViT(nn.Module):
     relative_bias: bool = False  # each block has a table of biases by the distance of two patches
     layer_scale: bool = False  # each block has factors of its branches, one a channel
     taps: tuple[int, ...] = ()  # blocks, from 0, whose outputs are wanted, instead of the last's
+    attention: str = "plain"  # one of `ATTENTION`
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -370,6 +376,7 @@ class ViT(nn.Module):
         x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + K, D]
         how = (self.dtype, self.stacking, self.remat, self.frozen_blocks)
         how += (self.grid if self.relative_bias else None, self.layer_scale, self.taps)
+        how += (self.attention,)
         x = Blocks(self.depth, self.heads, *how, name="blocks")(x, path_scale)
         with_norm = self.final_norm and not self.taps
         return layer_norm(self.residual_dtype, "norm")(x) if with_norm else x

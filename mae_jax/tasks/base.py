@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax import UserError
 from mae_jax import config as config_lib
 from mae_jax.augment.pixels import example_keys
 from mae_jax.data.record import ArraySpec
@@ -38,6 +39,18 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
         "stacking": config.model.stacking,
         "remat": config.model.remat,
     }
+
+
+def how_trained(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """The same inside the training step, where each device runs its own examples; UserError where
+    `mesh` has no TPUs and the config asks for their kernel."""
+    device = mesh.devices.flat[0]
+    if config.model.attention == "kernel" and device.platform != "tpu":
+        raise UserError(
+            "model.attention=kernel is for TPUs; these devices are "
+            f"{device.device_kind}: leave it plain"
+        )
+    return how_computed(config) | {"attention": config.model.attention}
 
 
 class BaseTask:

@@ -23,7 +23,7 @@ from mae_jax.models.patches import normalize
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import drop_path_scale
 from mae_jax.pictures.in_training import draw_augmentations, draw_predictions
-from mae_jax.tasks.base import INIT, MIX, TRAIN, BaseTask, how_computed
+from mae_jax.tasks.base import INIT, MIX, TRAIN, BaseTask, how_computed, how_trained
 from mae_jax.train import optimizers
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
@@ -38,11 +38,10 @@ class Finetune(BaseTask):
     def __init__(self, config: ConfigDict, examples: int, spec: ModelSpec, mesh: Mesh):
         depth, blocks = spec.depth, config.trainable_blocks
         self.trainable_blocks = depth if blocks == -1 else blocks
-        self.model = spec.classifier(
-            head_std=config.head.init_std,
-            frozen_blocks=depth - math.ceil(self.trainable_blocks),
-            **how_computed(config),
-        )
+        head = {"head_std": config.head.init_std}
+        frozen = {"frozen_blocks": depth - math.ceil(self.trainable_blocks)}
+        self.model = spec.classifier(**head, **frozen, **how_computed(config))
+        self.trained = spec.classifier(**head, **frozen, **how_trained(config, mesh))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
         self.drop_path = config.model.drop_path
         self.augment = config.augment.copy_and_resolve_references()
@@ -110,7 +109,7 @@ class Finetune(BaseTask):
             path_scale = None
             if self.drop_path:
                 path_scale = drop_path_scale(examples["key"], self.encoder.depth, self.drop_path)
-            logits = self.model.apply({"params": weights}, examples["image"], path_scale)
+            logits = self.trained.apply({"params": weights}, examples["image"], path_scale)
             return optax.softmax_cross_entropy(logits, examples["target"]).mean(), {}
 
         examples = {"image": images, "target": targets, "key": keys}

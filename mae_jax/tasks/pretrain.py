@@ -29,7 +29,7 @@ from mae_jax.models.patches import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.pictures.in_training import draw_reconstructions
 from mae_jax.storage.processes import in_every_process
-from mae_jax.tasks.base import EVAL, INIT, TRAIN, BaseTask, how_computed
+from mae_jax.tasks.base import EVAL, INIT, TRAIN, BaseTask, how_computed, how_trained
 from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState, create_state, split
@@ -43,7 +43,9 @@ class Pretrain(BaseTask):
         if self.own_masks is not None:
             spec = dataclasses.replace(spec, mask_ratio=_ratio_of(self.own_masks, config))
         # Weights to start from bring their position tables, interpolated to this image size.
-        self.model = spec.mae(position_params=bool(config.init_from), **how_computed(config))
+        positions = bool(config.init_from)
+        self.model = spec.mae(position_params=positions, **how_computed(config))
+        self.trained = spec.mae(position_params=positions, **how_trained(config, mesh))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
         if self.own_masks is not None:
             self.digests["mask.file"] = hashlib.sha256(self.own_masks).hexdigest()
@@ -119,7 +121,7 @@ class Pretrain(BaseTask):
         def loss_fn(weights: Any, extra: dict, examples: dict) -> tuple[jax.Array, Metrics]:
             x, masking, counted = self._training_view(examples)
             x = normalize(x, self.mean, self.std)  # [B, H, W, C]
-            loss = self.model.apply({"params": weights}, x, masking, counted).loss  # [B]
+            loss = self.trained.apply({"params": weights}, x, masking, counted).loss  # [B]
             return (loss * examples["weight"] if "weight" in examples else loss).mean(), {}
 
         return self.update(state, loss_fn, examples, self.accumulate)

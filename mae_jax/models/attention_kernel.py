@@ -1,0 +1,150 @@
+"""Attention as one kernel for TPUs: what lies between its products never leaves the chip.
+
+For the short sequences of ViTs: all tokens of an image and head, 50 to some 1,000, are one piece.
+Left to XLA, the [N, N] weights go to memory and back several times, forwards and backwards. Here
+the way back computes them again. Dao et al., arXiv 2205.14135, for the idea.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# Heads that are computed side by side: the steps of one wait for each other, those of several fill
+# the gaps (v5e, 197 tokens, cycles a head, forwards: 630 one by one, 371 by four, 297 by eight).
+SIDE_BY_SIDE = 16
+ROUNDS = 4  # at most, of them in one piece of the grid, while the next is read
+WORKING_BYTES = 8 << 20  # for the [N, N] arrays of those side by side
+VMEM_BYTES = 16 << 20  # what a kernel may use of the chip's memory on all TPUs since v4
+TILE = 16, 128  # that the last two axes are padded to
+
+
+@jax.custom_vjp
+def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention of arrays [U, head_dim, N], U heads of all images; typed like them.
+
+    Factors of products keep their type, sums and the softmax are float32. Weights are rounded
+    before they are normalised: the results are multiplied by what normalises them. Where there is
+    no TPU the kernel is interpreted, slowly.
+    """
+    [out] = _run(_forward, (q, k, v), 1)
+    return out
+
+
+def _gradients(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(_run(_backward, (*saved, cotangent), 3))
+
+
+fused.defvjp(lambda *arrays: (fused(*arrays), arrays), _gradients)
+
+
+def _run(kernel: Callable[..., None], arrays: Sequence[jax.Array], results: int) -> list[jax.Array]:
+    """`kernel` on arrays [U, head_dim, N], some of U at a time; `results` arrays like them."""
+    units, d, n = arrays[0].shape
+    together, rounds = pieces(units, d, n, arrays[0].dtype.itemsize)
+    block = pl.BlockSpec((together * rounds, d, n), lambda i: (i, 0, 0))
+    limit = max(VMEM_BYTES, 2 * _working_bytes(n))
+    call = functools.partial(
+        pl.pallas_call,
+        functools.partial(kernel, together=together),
+        grid=(units // (together * rounds),),
+        in_specs=[block] * len(arrays),
+        out_specs=[block] * results,
+        out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * results,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=limit
+        ),
+        name=f"attention{kernel.__name__}",
+    )
+    return jax.lax.platform_dependent(*arrays, tpu=call(), default=call(interpret=True))
+
+
+def pieces(units: int, d: int, n: int, itemsize: int) -> tuple[int, int]:
+    """(heads side by side, rounds of these in a piece of the grid) for `units` of [d, n]."""
+
+    def divisor(number: int, most: int) -> int:
+        return max(i for i in range(1, max(1, most) + 1) if number % i == 0)
+
+    together = divisor(units, min(SIDE_BY_SIDE, WORKING_BYTES // _working_bytes(n)))
+    rows, lanes = (math.ceil(size / tile) * tile for size, tile in zip((d, n), TILE, strict=True))
+    arrays = 2 * 7 * together * rows * lanes * itemsize  # four in, three out, this piece's and next
+    return together, divisor(units // together, min(ROUNDS, (VMEM_BYTES - WORKING_BYTES) // arrays))
+
+
+def _working_bytes(n: int) -> int:
+    """Of what the way back keeps of one head at a time: three arrays [N, N] float32, two rounded."""
+    rows, lanes = (math.ceil(n / tile) * tile for tile in TILE)
+    return rows * lanes * (3 * 4 + 2 * 2)
+
+
+def _each(units: int, together: int, work: Callable[[list[Any]], None]) -> None:
+    def step(i: jax.Array, _: None) -> None:
+        work([i * together + j for j in range(together)])
+
+    jax.lax.fori_loop(0, units // together, step, None)
+
+
+def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _scaled(x: jax.Array, factor: Any) -> jax.Array:
+    """Multiplied in float32, which all chips can."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def _weights(q: Any, k: Any, places: list[Any]) -> tuple[list, list, list]:
+    """(scaled queries, weights [keys, queries], what normalises them [1, queries]) of each head."""
+    queries = [_scaled(q[p], q.shape[1] ** -0.5) for p in places]  # [d, N]
+    logits = [_product(k[p], x, 0, 0) for p, x in zip(places, queries, strict=True)]
+    highest = [jnp.max(x, axis=0, keepdims=True) for x in logits]
+    weights = [jnp.exp(x - high) for x, high in zip(logits, highest, strict=True)]
+    return queries, weights, [1 / jnp.sum(w, axis=0, keepdims=True) for w in weights]
+
+
+def _forward(q: Any, k: Any, v: Any, out: Any, *, together: int) -> None:
+    def work(places: list[Any]) -> None:
+        _, weights, shares = _weights(q, k, places)
+        sums = [
+            _product(v[p], w.astype(v.dtype), 1, 0) for p, w in zip(places, weights, strict=True)
+        ]
+        for p, x, share in zip(places, sums, shares, strict=True):
+            out[p] = (x * share).astype(out.dtype)
+
+    _each(len(q), together, work)
+
+
+def _backward(
+    q: Any, k: Any, v: Any, given: Any, dq: Any, dk: Any, dv: Any, *, together: int
+) -> None:
+    """Gradients by queries, keys and values, `given` that by the result."""
+
+    def work(places: list[Any]) -> None:
+        queries, weights, shares = _weights(q, k, places)
+        by_weights = [_product(v[p], given[p], 0, 0) for p in places]  # [keys, queries]
+        by_values = [
+            _product(_scaled(given[p], share), w.astype(v.dtype), 1, 1)
+            for p, w, share in zip(places, weights, shares, strict=True)
+        ]
+        # Through the softmax: less the mean, by the weights, over the keys.
+        by_logits = []
+        for w, change, share in zip(weights, by_weights, shares, strict=True):
+            mean = jnp.sum(w * change, axis=0, keepdims=True) * share
+            by_logits.append((w * (change - mean)).astype(q.dtype))
+        by_queries = [_product(k[p], x, 1, 0) for p, x in zip(places, by_logits, strict=True)]
+        by_keys = [
+            _product(_scaled(x, share), change, 1, 1)
+            for x, share, change in zip(queries, shares, by_logits, strict=True)
+        ]
+        for i, p in enumerate(places):
+            dq[p] = (by_queries[i] * (shares[i] * q.shape[1] ** -0.5)).astype(dq.dtype)
+            dk[p] = by_keys[i].astype(dk.dtype)
+            dv[p] = by_values[i].astype(dv.dtype)
+
+    _each(len(q), together, work)

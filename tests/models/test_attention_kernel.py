@@ -1,0 +1,145 @@
+"""The kernel of attention, interpreted, equals plain attention; compiled for a TPU it keeps less."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mae_jax import UserError
+from mae_jax.models.attention import attention
+from mae_jax.models.attention_kernel import VMEM_BYTES, WORKING_BYTES, pieces
+from mae_jax.models.vit import Blocks
+from mae_jax.planning.chips import parse_pod
+from mae_jax.tasks import create_task
+
+
+def arrays(dtype, images=2, tokens=197, heads=3, d=32):
+    """Queries, keys, values and a cotangent [B, N, heads, head_dim]."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [2 * jax.random.normal(key, (images, tokens, heads, d)).astype(dtype) for key in keys]
+
+
+def with_gradients(kind, q, k, v, cotangent):
+    out, backward = jax.vjp(lambda *factors: attention(*factors, kind=kind), q, k, v)
+    return [out, *backward(cotangent)]
+
+
+def far(x, exact):
+    """The largest difference, as a share of the largest number."""
+    x, exact = (np.asarray(a, np.float64) for a in (x, exact))
+    return np.abs(x - exact).max() / np.abs(exact).max()
+
+
+def by_numpy(q, k, v, cotangent):
+    """Values and gradients in float64, written out."""
+    q, k, v, cotangent = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, cotangent))
+    scale = q.shape[-1] ** -0.5
+    weights = np.exp(q @ k.swapaxes(2, 3) * scale)
+    weights /= weights.sum(-1, keepdims=True)  # [B, heads, N, N]
+    by_weights = cotangent @ v.swapaxes(2, 3)
+    by_logits = weights * (by_weights - (weights * by_weights).sum(-1, keepdims=True)) * scale
+    by_query, by_key = by_logits @ k, by_logits.swapaxes(2, 3) @ q
+    all_four = weights @ v, by_query, by_key, weights.swapaxes(2, 3) @ cotangent
+    return [x.swapaxes(1, 2) for x in all_four]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 197},
+        {"tokens": 129, "d": 64},
+        {"tokens": 257, "images": 1, "heads": 5},
+        {"tokens": 145, "images": 16, "heads": 4, "d": 8},  # several pieces of several rounds
+    ],
+)
+def test_values_and_gradients_in_float32_are_those_of_numpy(shape):
+    given = arrays(jnp.float32, **shape)
+    for mine, exact in zip(with_gradients("kernel", *given), by_numpy(*given), strict=True):
+        assert far(mine, exact) < 1e-5
+
+
+def test_in_bfloat16_it_errs_no_more_than_plain_attention():
+    given = arrays(jnp.bfloat16)
+    exact = by_numpy(*(x.astype(jnp.float32) for x in given))
+    kernel, plain = (with_gradients(kind, *given) for kind in ("kernel", "plain"))
+    for mine, theirs, true in zip(kernel, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype == jnp.bfloat16
+        assert far(mine, true) < 1.5 * far(theirs, true)
+
+
+def test_large_logits_do_not_overflow():
+    q, k, v, _ = arrays(jnp.float32)
+    out = attention(200 * q, k, v, kind="kernel")
+    assert far(out, attention(200 * q, k, v)) < 1e-4
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(128, 0), (129, 1)])
+def test_short_sequences_stay_plain(tokens, kernels):
+    given = arrays(jnp.float32, tokens=tokens)[:3]
+    text = str(jax.make_jaxpr(lambda *x: attention(*x, kind="kernel"))(*given))
+    assert ("pallas_call" in text) == kernels
+
+
+def test_relative_biases_are_refused():
+    q, k, v, _ = arrays(jnp.float32)
+    with pytest.raises(ValueError, match="no relative biases"):
+        attention(q, k, v, jnp.zeros((3, 197, 197)), "kernel")
+
+
+@pytest.mark.parametrize("units", [1, 7, 24, 768, 1024])
+@pytest.mark.parametrize("size", [(32, 197), (64, 197), (32, 257), (64, 577), (64, 1025)])
+def test_pieces_divide_the_heads_and_fit_into_the_chip(units, size):
+    d, n = size
+    together, rounds = pieces(units, d, n, 2)
+    assert units % (together * rounds) == 0
+    lanes = -(-n // 128) * 128
+    assert together == 1 or 16 * together * n * n <= WORKING_BYTES
+    read_and_written = 2 * 7 * 2 * together * rounds * d * lanes
+    assert rounds == 1 or read_and_written <= VMEM_BYTES - WORKING_BYTES
+
+
+def test_blocks_split_over_devices_compute_the_same_either_way():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    x = jax.random.normal(jax.random.key(1), (8, 145, 32))
+    params = Blocks(2, 2, jnp.float32).init(jax.random.key(0), x[:1])
+
+    def gradients(kind):
+        model = Blocks(2, 2, jnp.float32, attention=kind)
+
+        def on_one_device(params, x):
+            by_all = jax.grad(lambda p: (model.apply(p, x) ** 2).mean())(params)
+            return jax.lax.pmean(by_all, "data")
+
+        specs = {"in_specs": (P(), P("data")), "out_specs": P(), "check_vma": False}
+        return jax.jit(jax.shard_map(on_one_device, mesh=mesh, **specs))(params, x)
+
+    for mine, plain in zip(*(jax.tree.leaves(gradients(k)) for k in ("kernel", "plain"))):
+        np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_other_devices_are_refused_by_name(tiny_config):
+    tiny_config.model.attention = "kernel"
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    with pytest.raises(UserError, match=r"model\.attention=kernel is for TPUs; .* cpu: leave it"):
+        create_task(tiny_config, 100, None, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+def test_compiled_for_a_tpu_it_keeps_no_weights(name):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    here = jax.sharding.SingleDeviceSharding(parse_pod(name).topology().devices[0])
+    x = jax.ShapeDtypeStruct((32, 197, 512), jnp.float32, sharding=here)
+    shapes = jax.eval_shape(Blocks(1, 16, jnp.bfloat16).init, jax.random.key(0), x)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
+
+    def temporaries(kind):
+        model = Blocks(1, 16, jnp.bfloat16, attention=kind)
+        step = jax.grad(lambda params, x: (model.apply(params, x) ** 2).mean())
+        compiled = jax.jit(step, out_shardings=here).lower(shapes, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    weights = 32 * 16 * 197 * 256 * 2  # in bfloat16, the last axis padded
+    assert temporaries("plain") - temporaries("kernel") > weights
