@@ -47,7 +47,6 @@ from mae_jax.train.step import lower_step
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 DOES_NOT_FIT = 3
-BUNDLE_SECONDS = 900
 # CPU-ms to decode a picture and, by `data.resize`, to make a 224 px crop of it, as `bench data`
 # measured on photographs of ImageNet, two threads on the two threads of one core of a server, as
 # hosts' virtual CPUs are; decoding's share by `data.repeat`.
@@ -74,13 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=_at_least_one, default=IMAGENET_TRAIN_IMAGES, help=what)
     what = "CPU-ms to decode an image (default: measured for 224 px by `bench data`)"
     parser.add_argument("--decode_ms", type=_positive, help=what)
-    what = "count the final instructions where the compiler manages to, in a second compilation"
-    parser.add_argument("--bundles", action="store_true", help=what)
     argv = sys.argv[1:] if argv is None else argv
     arguments = cli.parse_recipe(parser, argv)
-    modes = {name: vars(arguments)[name] for name in ("search", "compare", "bundles")}
-    if sum(map(bool, modes.values())) > 1:
-        raise UserError("--search, --compare and --bundles: give one of them")
+    if arguments.search and arguments.compare:
+        raise UserError("--search and --compare: give one of them")
     if arguments.compare and (arguments.topology or arguments.slices > 1):
         raise UserError("--compare names its pods, as 2xv5e-256: leave out --topology and --slices")
     planner = Planner(arguments)
@@ -93,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = planner.layout(pod)
         plans = search(base, pod, planner.compile) if arguments.search else []
         plans = plans or [planner.compile(base, pod)]
-    if arguments.bundles and plans[0].fits:
-        plans = [planner.count(plans[0], [token for token in argv if token != "--bundles"])]
     several = bool(arguments.compare or arguments.search)
     best = (arguments.compare and cheapest(plans)) or plans[0]
     reason = _reason(best, plans, bool(arguments.search)) if several else ""
@@ -193,7 +187,7 @@ class Planner:
             return plan
         seconds = time.time() - started
         logging.info("compiled in %.0f s", seconds)
-        devices = list(mesh.devices.flat)
+        devices, read = list(mesh.devices.flat), bundles.counted(read, pod)
         return dataclasses.replace(
             plan,
             program=read,
@@ -203,16 +197,6 @@ class Planner:
             peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
             compile_seconds=seconds,
         )
-
-    def count(self, plan: Plan, argv: Sequence[str]) -> Plan:
-        """`plan`, the command line `argv`, with the time of bundles where the compiler counts."""
-        logging.info("counting instruction bundles; at most %d minutes ...", BUNDLE_SECONDS // 60)
-        command = [sys.executable, "-m", "mae_jax.plan", *argv]
-        cycles = with_clock("counting", lambda: bundles.collect(command, BUNDLE_SECONDS))
-        known = sum(i.name in cycles for i in plan.program.instructions)
-        logging.info("counted %d of %d instructions", known, len(plan.program.instructions))
-        parts = cost.estimate(plan.program, plan.pod.chip, cycles)
-        return dataclasses.replace(plan, parts=parts)
 
     def compare(self, pods: Sequence[Pod]) -> list[Plan]:
         """A plan for each; what is compiled for one slice serves others with as many images."""

@@ -45,7 +45,6 @@ def no_compiler(monkeypatch):
         (["--decode_ms=0"], "'0' is no number above 0"),
         (["--topology=tpu7x-8", "--price=spot"], "none is known for tpu7x"),
         (["--search", "--compare=v5e-4"], "give one of them"),
-        (["--search", "--bundles"], "give one of them"),
         (["--compare=v5e-4,v5e-8", "--slices=2"], "leave out --topology and --slices"),
         (["--compare=v5e-4,v9-4"], "'v9-4' names no TPU"),
         (["--topology=v5e-256"], "batch_size = 16 does not divide over 256"),

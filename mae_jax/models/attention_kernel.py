@@ -7,7 +7,7 @@ the way back computes them again. Dao et al., arXiv 2205.14135, for the idea.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,19 +32,20 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     before they are normalised: the results are multiplied by what normalises them. Where there is
     no TPU the kernel is interpreted, slowly.
     """
-    [out] = _run(_forward, (q, k, v), 1)
+    [out] = run("attention_forward", q, k, v)
     return out
 
 
 def _gradients(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(_run(_backward, (*saved, cotangent), 3))
+    return tuple(run("attention_backward", *saved, cotangent))
 
 
 fused.defvjp(lambda *arrays: (fused(*arrays), arrays), _gradients)
 
 
-def _run(kernel: Callable[..., None], arrays: Sequence[jax.Array], results: int) -> list[jax.Array]:
-    """`kernel` on arrays [U, head_dim, N], some of U at a time; `results` arrays like them."""
+def run(name: str, *arrays: jax.Array) -> list[jax.Array]:
+    """The kernel of this name on arrays [U, head_dim, N], some of U at a time; arrays like them."""
+    kernel, _, results = KERNELS[name]
     units, d, n = arrays[0].shape
     together, rounds = pieces(units, d, n, arrays[0].dtype.itemsize)
     block = pl.BlockSpec((together * rounds, d, n), lambda i: (i, 0, 0))
@@ -59,7 +60,7 @@ def _run(kernel: Callable[..., None], arrays: Sequence[jax.Array], results: int)
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=limit
         ),
-        name=f"attention{kernel.__name__}",
+        name=name,
     )
     return jax.lax.platform_dependent(*arrays, tpu=call(), default=call(interpret=True))
 
@@ -77,7 +78,7 @@ def pieces(units: int, d: int, n: int, itemsize: int) -> tuple[int, int]:
 
 
 def _working_bytes(n: int) -> int:
-    """Of what the way back keeps of one head at a time: three arrays [N, N] float32, two rounded."""
+    """That the way back keeps of a head at a time: three arrays [N, N] float32, two rounded."""
     rows, lanes = (math.ceil(n / tile) * tile for tile in TILE)
     return rows * lanes * (3 * 4 + 2 * 2)
 
@@ -148,3 +149,7 @@ def _backward(
             dv[p] = by_values[i].astype(dv.dtype)
 
     _each(len(q), together, work)
+
+
+# By name: what they do, the arrays they take and those they give.
+KERNELS = {"attention_forward": (_forward, 3, 1), "attention_backward": (_backward, 4, 3)}

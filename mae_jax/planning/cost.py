@@ -9,7 +9,7 @@ nothing of what devices exchange; they are handed on for comparison.
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mae_jax.planning.chips import Chip, Pod
@@ -39,8 +39,8 @@ class PartCost:
     Attributes:
       seconds: what it takes, instruction by instruction the longest of the others.
       matmul_seconds: of its products at peak, factors padded to the matrix unit.
-      vector_seconds: of elementwise work and of moving data within the chip.
-      bundle_seconds: of its final instruction bundles; None where these are not known.
+      vector_seconds: of elementwise work and of moving data within the chip; of kernels of all
+        that they do there.
       hbm_seconds: of all its traffic at full bandwidth.
       estimated_cycles: the compiler's figure.
     """
@@ -48,20 +48,16 @@ class PartCost:
     seconds: float = 0.0
     matmul_seconds: float = 0.0
     vector_seconds: float = 0.0
-    bundle_seconds: float | None = None
     hbm_seconds: float = 0.0
     estimated_cycles: int = 0
 
 
-def estimate(
-    program: Program, chip: Chip, bundles: Mapping[str, int] | None = None
-) -> dict[str, PartCost]:
+def estimate(program: Program, chip: Chip) -> dict[str, PartCost]:
     """The time of each part of the model, exchange between devices left out.
 
     Args:
       program: as `program.read` gives it.
       chip: that it was compiled for.
-      bundles: cycles of instructions by name, where they are known.
     """
     sums: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     under_way: dict[str, float] = {}  # seconds of HBM that copies begun still need, oldest first
@@ -69,7 +65,7 @@ def estimate(
     for i in program.instructions:
         if i.times != times:  # at a loop's border copies have come to an end
             under_way, times = {}, i.times
-        cost = _cost(i, chip, bundles or {})
+        cost = _cost(i, chip)
         if i.starts:
             under_way[i.name] = cost["hbm_seconds"]
             cost["seconds"] = 0.0
@@ -83,20 +79,17 @@ def estimate(
                 spare -= min(spare, needed)
         for name, value in cost.items():
             sums[i.part][name] += value * i.times
-    return {part: PartCost(**{"bundle_seconds": None} | total) for part, total in sums.items()}
+    return {part: PartCost(**total) for part, total in sums.items()}
 
 
-def _cost(i: Instruction, chip: Chip, bundles: Mapping[str, int]) -> dict[str, float]:
+def _cost(i: Instruction, chip: Chip) -> dict[str, float]:
     cores = chip.cores / chip.devices  # that share the work of one device
     matmul = sum(padded_flops(p, chip.mxu) for p in i.products) * chip.devices / chip.flops
-    vector = vector_cycles(i, chip) / (chip.clock * cores)
+    vector = max(vector_cycles(i, chip) / cores, i.cycles) / chip.clock
     hbm = i.hbm_bytes * chip.devices / chip.hbm_bandwidth
     hbm += HBM_LATENCY if i.hbm_bytes > SCALARS and not i.starts else 0.0
     cost = {"matmul_seconds": matmul, "vector_seconds": vector, "hbm_seconds": hbm}
-    computing = max(matmul, vector)
-    if i.name in bundles:
-        computing = cost["bundle_seconds"] = bundles[i.name] / chip.clock
-    return cost | {"seconds": max(matmul, computing, hbm), "estimated_cycles": i.estimated_cycles}
+    return cost | {"seconds": max(matmul, vector, hbm), "estimated_cycles": i.estimated_cycles}
 
 
 def padded_flops(product: Product, side: int) -> int:
@@ -178,7 +171,7 @@ def waiting(
         if i.collective:
             left[i.name] = i.times * _exchange(i.collective, pod, places)[1]
         if i.beside and not i.starts:
-            spare = i.times * work * _cost(i, pod.chip, {})["seconds"]
+            spare = i.times * work * _cost(i, pod.chip)["seconds"]
             for name in i.beside:
                 taken = min(spare, left[name])
                 left[name], spare = left[name] - taken, spare - taken

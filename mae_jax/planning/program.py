@@ -98,6 +98,14 @@ class Collective(NamedTuple):
     groups: tuple[tuple[int, ...], ...]  # of places in the mesh of a slice; none: all devices
 
 
+class Kernel(NamedTuple):
+    """A program within the program, which the compiler was given as it is."""
+
+    name: str
+    shape: tuple[int, ...]  # of its first argument
+    bits: int  # of a number there
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """Something that runs; figures are of one time on one device.
@@ -113,6 +121,8 @@ class Instruction:
       starts: it begins a copy that goes on while others run.
       waits_for: the copy, by its name, that it waits for.
       beside: exchanges under way while it runs, by the names of the instructions that begin them.
+      kernel: the one that it runs.
+      cycles: that this takes on registers alone, both cores of a device at work; 0: not counted.
     """
 
     name: str
@@ -128,6 +138,8 @@ class Instruction:
     starts: bool = False
     waits_for: str = ""
     beside: tuple[str, ...] = ()
+    kernel: Kernel | None = None
+    cycles: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +334,15 @@ def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
                 starts=line.opcode in COPIES,
                 waits_for=waits.name if waits else "",
                 beside=beside,
+                kernel=_kernel(line),
             )
+
+
+def _kernel(line: _Line) -> Kernel | None:
+    if 'custom_call_target="tpu_custom_call"' not in line.rest:
+        return None
+    first = line.operands[0].arrays[0]
+    return Kernel(re.sub(r"\.\d+$", "", line.name), first.dims, first.bits)
 
 
 def _trip_count(line: _Line) -> int:

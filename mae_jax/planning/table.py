@@ -57,15 +57,14 @@ def needs(plan: Plan) -> str:
 def _parts(plan: Plan) -> list[str]:
     clock, rows = plan.pod.chip.clock, []
     for name, part in sorted(plan.parts.items(), key=lambda item: -item[1].seconds):
-        busy = (part.matmul_seconds, part.vector_seconds, part.hbm_seconds, part.bundle_seconds)
-        cells = ["-" if seconds is None else f"{1e3 * seconds:.2f}" for seconds in busy]
+        busy = (part.matmul_seconds, part.vector_seconds, part.hbm_seconds)
+        cells = [f"{1e3 * seconds:.2f}" for seconds in busy]
         share = f"{part.seconds / plan.compute_seconds:.0%}"
         compiler = f"{1e3 * part.estimated_cycles / clock:.2f}"
         rows.append((name, f"{1e3 * part.seconds:.2f}", share, *cells, compiler))
     total = sum(part.estimated_cycles for part in plan.parts.values()) / clock
-    rows.append(("all", f"{1e3 * plan.compute_seconds:.2f}", *[""] * 5, f"{1e3 * total:.2f}"))
-    head = ("ms a step", "takes", "share", "matrices", "vectors", "memory", "bundles")
-    head += ("compiler says",)
+    rows.append(("all", f"{1e3 * plan.compute_seconds:.2f}", *[""] * 4, f"{1e3 * total:.2f}"))
+    head = ("ms a step", "takes", "share", "matrices", "vectors", "memory", "compiler says")
     return ["", *columns([head, *rows])]
 
 

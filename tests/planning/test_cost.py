@@ -111,16 +111,6 @@ def test_loops_count_their_trips():
     assert seconds(read, "v5e") == pytest.approx(work, rel=0.2)
 
 
-def test_known_bundles_take_the_place_of_what_is_estimated_of_computing():
-    work = Instruction("f", "fusion", "rest", 2, (Product(1, 512, 512, 512),), hbm_bytes=8)
-    chip = CHIPS["v5e"]
-    (part,) = cost.estimate(Program((work,)), chip, {"f": 1_500_000}).values()
-    assert part.bundle_seconds == part.seconds == pytest.approx(2e-3)
-    (part,) = cost.estimate(Program((work,)), chip).values()
-    assert part.bundle_seconds is None
-    assert part.seconds == part.matmul_seconds == pytest.approx(2 * 2 * 512**3 / chip.flops)
-
-
 def test_small_factors_are_padded_to_the_matrix_unit():
     assert cost.padded_flops(Product(1, 1024, 1024, 1024), 128) == 2 * 1024**3
     # Heads of 64 fill half of its rows; of 50 tokens, 50 of 128 columns.
