@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mae_jax.planning.hlo_text import BODIES, Line, computations
+
 # By the names that modules and scopes leave in the program, forwards and backwards; first match.
 PARTS = (
     (r"\bmasks\b", "masks"),
@@ -37,11 +39,6 @@ FREE = {
     *("partition-id", "replica-id", "opt-barrier", "add-dependency"),
 }
 FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding")
-# The attribute that names what they do.
-BODIES = {
-    **{"fusion": "calls", "async-start": "calls"},
-    **{"call": "to_apply", "custom-call": "called_computations"},
-}
 COPIES = ("copy-start", "slice-start", "async-start")  # go on beside other instructions
 SLICES = ("slice", "dynamic-slice", "gather")  # read as much of their operand as they return
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write this operand into the first, in place
@@ -50,28 +47,7 @@ UNCOUNTED = {
     *("fusion", "dot", "convolution", "custom-call", "send", "recv", *COPIES),
     *("broadcast", "iota", "reshape", "transpose", "slice", "dynamic-slice", "pad"),
 }
-ON_ICI = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PASSES = {"high": 3, "highest": 6}  # of a float32 product, over factors in bfloat16
-
-
-class Array(NamedTuple):
-    """An array as it lies in memory."""
-
-    dims: tuple[int, ...]
-    order: str  # of its axes, the fastest first
-    size: int  # bytes, without padding
-    padded: int  # bytes, with the padding of its tiles
-    in_hbm: bool
-
-    @property
-    def bits(self) -> int:
-        """Of a number in it."""
-        return 8 * self.size // max(1, math.prod(self.dims))
-
-    @property
-    def registers(self) -> float:
-        """Vector registers that it fills, each of 1,024 numbers whatever their type."""
-        return 8 * self.padded / self.bits / 1024 if self.bits else 0.0
 
 
 class Product(NamedTuple):
@@ -182,115 +158,11 @@ def compile_and_read(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
 
 def read(text: str) -> Program:
     """The program of `text`."""
-    _, *parts = re.split(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
-    computations: dict[str, list[_Line]] = {}
-    for name, body in zip(parts[::2], parts[1::2], strict=True):  # callers behind the called
-        lines: dict[str, _Line] = {}
-        for row in body.split("\n}")[0].splitlines():
-            if line := _line(row, lines, computations):
-                lines[line.name] = line
-        computations[name] = list(lines.values())
-    return Program(tuple(_runs(computations[name], 1)))  # the entry is the last
+    *_, entry = computations(text).values()
+    return Program(tuple(_runs(entry, 1)))
 
 
-@dataclasses.dataclass(eq=False)
-class _Line:
-    """A line of the text, with the lines that it refers to."""
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]  # what it returns, tuples flat
-    operands: list["_Line"]
-    rest: str  # attributes; of parameters and constants also their number or value
-    root: bool
-    called: dict[str, list["_Line"]]  # computations by the attribute that names them
-    users: list["_Line"] = dataclasses.field(default_factory=list)
-
-    @property
-    def body(self) -> list["_Line"]:
-        """What a fusion, a call or something begun does."""
-        return self.called.get(BODIES.get(self.opcode, ""), [])
-
-    @functools.cached_property
-    def everything(self) -> list["_Line"]:
-        """The line and all that it does, fusions in fusions included."""
-        return [self, *(inner for line in self.body for inner in line.everything)]
-
-    @property
-    def collective(self) -> str:
-        """Which it is, if one; the second half of a pair is none."""
-        kind = self.opcode.removesuffix("-start")
-        return kind if kind in ON_ICI else ""
-
-    @property
-    def padded(self) -> int:
-        return sum(array.padded for array in self.arrays)
-
-    def find(self, pattern: str, default: str = "") -> str:
-        """What the group of `pattern` matches in the attributes."""
-        match = re.search(pattern, self.rest)
-        return match[1] if match else default
-
-
-def _line(text: str, lines: dict[str, _Line], computations: dict[str, list[_Line]]) -> _Line | None:
-    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", text)
-    if not head:
-        return None
-    start = head.end()
-    end = _closing(text, start) if text[start] == "(" else text.index(" ", start)
-    opcode = re.compile(r"\s*([\w\-]+)\(").match(text, end)
-    close = _closing(text, opcode.end() - 1)
-    names = re.findall(r"%([\w.\-]+)", text[opcode.end() : close])
-    rest = text[opcode.end() :] if opcode[1] in ("constant", "parameter") else text[close:]
-    called = {
-        attribute: computations[name]
-        for attribute, name in re.findall(r"(\w+)=\{?%?([\w.\-]+)", rest)
-        if name in computations
-    }
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", rest):
-        called = {name: computations[name.strip(" %")] for name in branches[1].split(",")}
-    arrays = _arrays(text[start:end])
-    operands = [lines[name] for name in names]
-    line = _Line(head[2], opcode[1], arrays, operands, rest, bool(head[1]), called)
-    for operand in operands:
-        operand.users.append(line)
-    return line
-
-
-def _closing(text: str, start: int) -> int:
-    """Just behind the bracket that closes the one at `start`."""
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.end()
-    raise ValueError(f"not a line of a compiled program: {text[:200]}")
-
-
-@functools.cache
-def _arrays(shape: str) -> tuple[Array, ...]:
-    arrays = []
-    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
-        bits = re.search(r"\d+", dtype)
-        width = int(bits[0]) / 8 if bits else {"pred": 1}.get(dtype, 0)  # 0: a token
-        dims = tuple(map(int, dims.split(","))) if dims else ()
-        order, _, tiling = layout.partition(":")
-        physical = [dims[int(i)] for i in reversed(order.split(","))] if order else list(dims)
-        if tile := re.search(r"T\(([\d,]+)\)", tiling):
-            sides = list(map(int, tile[1].split(",")))
-            physical = [1] * (len(sides) - len(dims)) + physical
-            for i, side in enumerate(reversed(sides), 1):
-                physical[-i] = _up(physical[-i], side)
-        size, padded = int(math.prod(dims) * width), int(math.prod(physical) * width)
-        arrays.append(Array(dims, order, size, padded, "S(" not in tiling))
-    return tuple(arrays)
-
-
-def _up(size: int, to: int) -> int:
-    return math.ceil(size / to) * to
-
-
-def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
+def _runs(lines: list[Line], times: int) -> Iterator[Instruction]:
     """What runs when a computation does so `times` times, in order."""
     parts = _parts(lines)
     chains: dict[str, str] = {}  # what begins an exchange that is written in several instructions
@@ -338,14 +210,14 @@ def _runs(lines: list[_Line], times: int) -> Iterator[Instruction]:
             )
 
 
-def _kernel(line: _Line) -> Kernel | None:
+def _kernel(line: Line) -> Kernel | None:
     if 'custom_call_target="tpu_custom_call"' not in line.rest:
         return None
     first = line.operands[0].arrays[0]
     return Kernel(re.sub(r"\.\d+$", "", line.name), first.dims, first.bits)
 
 
-def _trip_count(line: _Line) -> int:
+def _trip_count(line: Line) -> int:
     """How often a loop runs: what the compiler knows, or the constant its counter runs up to."""
     if known := line.find(r'"known_trip_count":\{"n":"(\d+)"'):
         return int(known)
@@ -362,10 +234,10 @@ def part_of(op_name: str) -> str:
     return REST
 
 
-def _parts(lines: list[_Line]) -> dict[_Line, str]:
+def _parts(lines: list[Line]) -> dict[Line, str]:
     """The part of each line: of its heaviest product, else its own, else of who uses it first, else
     of what it comes from, as results copied out at the end do."""
-    parts: dict[_Line, str] = {}
+    parts: dict[Line, str] = {}
     for line in reversed(lines):
         heaviest = max(line.everything, key=lambda x: sum(p.flops for p in _product(x)))
         names = [x.find(r'op_name="([^"]*)"') for x in (heaviest, *reversed(line.everything))]
@@ -378,7 +250,7 @@ def _parts(lines: list[_Line]) -> dict[_Line, str]:
     return parts
 
 
-def _product(line: _Line) -> Iterator[Product]:
+def _product(line: Line) -> Iterator[Product]:
     """The matrix products of a line, fusions not looked into."""
     if line.opcode not in ("dot", "convolution"):
         return
@@ -397,7 +269,7 @@ def _product(line: _Line) -> Iterator[Product]:
     yield Product(count, m, k, math.prod(out) // (m * count), passes)
 
 
-def _convolution(line: _Line, left: tuple, right: tuple, out: tuple, passes: int) -> Product:
+def _convolution(line: Line, left: tuple, right: tuple, out: tuple, passes: int) -> Product:
     """The compiler writes every product as a convolution: an axis of the window is one of m, k, n
     or of a batch, by what of it meets data that is no padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
@@ -431,7 +303,7 @@ def _meetings(
     return int(((places % dilate == 0) & (places >= 0) & (places // dilate < given)).sum())
 
 
-def _registers(line: _Line) -> collections.Counter[str]:
+def _registers(line: Line) -> collections.Counter[str]:
     registers: collections.Counter[str] = collections.Counter()
     for x in line.everything if line.opcode not in COPIES else ():
         if x.opcode in FREE | UNCOUNTED or x.collective or x.opcode.endswith("-done"):
@@ -445,7 +317,7 @@ def _registers(line: _Line) -> collections.Counter[str]:
     return registers
 
 
-def _traffic(line: _Line) -> Iterator[tuple[int, bool]]:
+def _traffic(line: Line) -> Iterator[tuple[int, bool]]:
     """(bytes, whether in HBM) of all that an instruction reads and writes."""
     if line.opcode.endswith(("-done", "-update")) or line.opcode in ("send", "recv", *FREE):
         return  # counted at the start; over links
@@ -466,7 +338,7 @@ def _traffic(line: _Line) -> Iterator[tuple[int, bool]]:
         yield min(size, array.padded), array.in_hbm
 
 
-def _read(line: _Line, number: int) -> float:
+def _read(line: Line, number: int) -> float:
     """Bytes that `line` takes of its operand of this number; all there is: infinity."""
     if line.opcode in SLICES and number == 0:
         return line.padded
@@ -482,7 +354,7 @@ def _read(line: _Line, number: int) -> float:
     return math.inf
 
 
-def _written(line: _Line) -> list[int]:
+def _written(line: Line) -> list[int]:
     """Bytes that an instruction, of a fusion its root, writes of each array that it returns."""
     if line.opcode == "tuple":
         return [size for operand in line.operands for size in _written(operand)]
@@ -494,7 +366,7 @@ def _written(line: _Line) -> list[int]:
     return [0 if passed_on else array.padded for array in line.arrays]
 
 
-def _collective(line: _Line) -> Collective | None:
+def _collective(line: Line) -> Collective | None:
     if line.opcode == "send" and "xla_megascale_runtime" in line.rest:  # hosts carry it out
         kind = line.find(r'_xla_megascale_transfer_type="(\w+)"', "send")
         size = sum(array.size for array in line.operands[0].arrays)
@@ -511,7 +383,7 @@ def _collective(line: _Line) -> Collective | None:
     return Collective(kind, size, "ici", groups)
 
 
-def _groups(line: _Line) -> tuple[tuple[int, ...], ...]:
+def _groups(line: Line) -> tuple[tuple[int, ...], ...]:
     """Who exchanges with whom, as listed or as `[groups,members]<=[reshape]T(transpose)`."""
     short = r"replica_groups=\[(\d+),\d+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if match := re.search(short, line.rest):
