@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.attention_kernel import fused
-
 ATTENTION = ("plain", "kernel")
 # Tokens; with no more of them the compiler's own products, laid out as the projections like, win.
 LONGEST_PLAIN = 128
@@ -27,6 +25,8 @@ def attention(
     if kind == "kernel" and q.shape[1] > LONGEST_PLAIN:
         if bias is not None:
             raise ValueError("the kernel of attention knows no relative biases")
+        from mae_jax.models.attention_kernel import fused  # Pallas takes 0.3 s to import
+
         b, n, heads, d = q.shape
         arrays = (x.transpose(0, 2, 3, 1).reshape(b * heads, d, n) for x in (q, k, v))
         return fused(*arrays).reshape(b, heads, d, n).transpose(0, 3, 1, 2)

@@ -1,6 +1,8 @@
 """The kernel of attention, interpreted, is plain attention; compiled for TPUs it keeps less."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +128,11 @@ def test_other_devices_are_refused_by_name(tiny_config):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     with pytest.raises(UserError, match=r"model\.attention=kernel is for TPUs; .* cpu: leave it"):
         create_task(tiny_config, 100, None, mesh)
+
+
+def test_pallas_is_not_imported_for_plain_attention():
+    check = "import sys, mae_jax.main; sys.exit('jax.experimental.pallas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 @pytest.mark.slow
