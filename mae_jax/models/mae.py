@@ -25,7 +25,8 @@ class Decoder(nn.Module):
     stacking: str = "unrolled"
     remat: str = "none"
     position_params: bool = False  # as in `ViT`
-    attention: str = "plain"  # one of `ATTENTION`
+    attention: str = "plain"  # as in `ViT`, and `local`
+    local: bool = False
 
     @nn.compact
     def __call__(self, latent: jax.Array, masking: Masking | None) -> jax.Array:
@@ -43,8 +44,9 @@ class Decoder(nn.Module):
         if self.position_params:
             positions = self.param("pos_embed", lambda _: positions[None])[0]
         x = x + positions.astype(residual)
-        how = (self.dtype, self.stacking, self.remat)
-        x = Blocks(self.depth, self.heads, *how, attention=self.attention, name="blocks")(x)
+        how = {"stacking": self.stacking, "remat": self.remat}
+        how |= {"attention": self.attention, "local": self.local}
+        x = Blocks(self.depth, self.heads, self.dtype, **how, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x)
         return dense(x, self.outputs, self.dtype, "pred", residual)[:, 1:]
 

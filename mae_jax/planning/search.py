@@ -148,8 +148,7 @@ def modelled(plan: Plan, pod: Pod, layout: Layout) -> Plan:
 
 
 def _times(part: cost.PartCost, factor: float) -> cost.PartCost:
-    values = dataclasses.asdict(part)
-    return cost.PartCost(**{k: v if v is None else v * factor for k, v in values.items()})
+    return cost.PartCost(**{k: v * factor for k, v in dataclasses.asdict(part).items()})
 
 
 def _between(program: Program, old: Layout, new: Layout) -> Program:

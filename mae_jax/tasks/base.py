@@ -50,7 +50,7 @@ def how_trained(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
             "model.attention=kernel is for TPUs; these devices are "
             f"{device.device_kind}: leave it plain"
         )
-    return how_computed(config) | {"attention": config.model.attention}
+    return how_computed(config) | {"attention": config.model.attention, "local": True}
 
 
 class BaseTask:

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import re
 
@@ -10,7 +11,9 @@ from mae_jax.models import vit
 from mae_jax.models.attention import attention
 from mae_jax.models.masking import sample_masking
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import Blocks, ViT, product, sincos_position_table
+from mae_jax.models.vit import Blocks, ViT, group, product, sincos_position_table
+from mae_jax.planning import program
+from mae_jax.planning.chips import parse_pod
 
 SMALL = {"image_size": (8, 12), "patch_size": 4, "channels": 2, "width": 32, "depth": 3, "heads": 4}
 
@@ -217,3 +220,61 @@ def test_equal_blocks_are_traced_once(monkeypatch):
     text = jax.jit(model.apply).lower(variables, x).as_text()
     assert len(calls) == 1
     assert text.count("stablehlo.exponential") == 5  # and the program still has each of them
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "shape"),
+    [
+        (64, 50, (2, 32)),
+        (96, 50, (2, 48)),
+        (128, 65, (2, 64)),
+        (32, 50, (32,)),  # tokens are the longer axis as it is
+        (64, 197, (64,)),
+        (53, 50, (53,)),  # a prime number
+        (4096, 50, (4096,)),  # there would be more groups than tokens
+    ],
+)
+def test_images_are_grouped_where_they_outnumber_tokens(images, tokens, shape):
+    assert group(images, tokens) == shape
+
+
+@pytest.mark.parametrize("stacking", ["unrolled", "scan"])
+def test_grouped_images_have_the_same_tokens_and_gradients(stacking):
+    def run(local):
+        model = Blocks(3, 2, jnp.float32, stacking, frozen=1, taps=(0, 2), local=local)
+
+        def loss(params):
+            first, last = model.apply(params, x, paths)
+            return (first * last).sum(), (first, last)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    x = jax.random.normal(jax.random.key(0), (24, 17, 16))  # in groups of 12
+    paths = jax.random.bernoulli(jax.random.key(1), 0.8, (3, 2, 24)) / 0.8
+    params = Blocks(3, 2, jnp.float32).init(jax.random.key(2), x[:1])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, run(True), run(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1"])
+def test_grouped_images_are_copied_less_by_a_tpu(name):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    pod = parse_pod(name)
+    here = jax.sharding.SingleDeviceSharding(pod.topology().devices[0])
+    x = jax.ShapeDtypeStruct((64, 50, 768), jnp.float32, sharding=here)
+    shapes = jax.eval_shape(Blocks(1, 12, jnp.bfloat16).init, jax.random.key(0), x)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
+
+    def copied(local):
+        model = Blocks(1, 12, jnp.bfloat16, local=local)
+        step = jax.grad(lambda params, x: (model.apply(params, x) ** 2).mean())
+        read = program.compile_and_read(jax.jit(step, out_shardings=here).lower(shapes, x))[1]
+        return sum(
+            count
+            for i in read.instructions
+            for kind, count in i.registers.items()
+            if kind.startswith("copy")
+        )
+
+    assert copied(True) < 0.8 * copied(False)
