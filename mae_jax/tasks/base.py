@@ -27,6 +27,7 @@ from mae_jax.train.loop import Action
 from mae_jax.train.metrics import MetricsWriter
 from mae_jax.train.state import Metrics, TrainState, apply_gradients
 
+WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # libtpu compiles the products of ours for none of these
 # Purposes of random keys, so that they never collide.
 TRAIN, EVAL, INIT, MIX = 0, 1, 2, 3
 
@@ -43,11 +44,12 @@ def how_computed(config: ConfigDict) -> dict[str, Any]:
 
 def how_trained(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """The same inside the training step, where each device runs its own examples; UserError where
-    `mesh` has no TPUs and the config asks for their kernel."""
+    `mesh` has none of the TPUs that the config's kernel is for."""
     device = mesh.devices.flat[0]
-    if config.model.attention == "kernel" and device.platform != "tpu":
+    missing = device.platform != "tpu" or device.device_kind in WITHOUT_KERNELS
+    if config.model.attention == "kernel" and missing:
         raise UserError(
-            "model.attention=kernel is for TPUs; these devices are "
+            "model.attention=kernel is for TPUs from v4 on; these devices are "
             f"{device.device_kind}: leave it plain"
         )
     return how_computed(config) | {"attention": config.model.attention, "local": True}

@@ -126,7 +126,15 @@ def test_blocks_split_over_devices_compute_the_same_either_way():
 def test_other_devices_are_refused_by_name(tiny_config):
     tiny_config.model.attention = "kernel"
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    with pytest.raises(UserError, match=r"model\.attention=kernel is for TPUs; .* cpu: leave it"):
+    with pytest.raises(UserError, match=r"model\.attention=kernel is for TPUs .* cpu: leave it"):
+        create_task(tiny_config, 100, None, mesh)
+
+
+def test_tpus_that_cannot_run_it_are_refused_by_name(tiny_config):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    tiny_config.model.attention = "kernel"
+    mesh = Mesh(np.array(parse_pod("v3-8").topology().devices), ("data",))
+    with pytest.raises(UserError, match=r"from v4 on; these devices are TPU v3: leave it plain"):
         create_task(tiny_config, 100, None, mesh)
 
 
