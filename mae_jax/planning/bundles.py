@@ -4,6 +4,7 @@ It counts when told to before it is loaded, slowly, and may abort the whole proc
 that it has counted: hence a process for each, and a few heads in place of all.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -48,15 +49,12 @@ def cycles(kernel: Kernel, chip: Chip) -> float:
     name = STAND_INS.get(chip.name, chip.name)
     with tempfile.TemporaryDirectory() as folder:
         flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {FLAG}={folder}"
-        subprocess.run(
-            [sys.executable, "-m", "mae_jax.planning.bundles", name, kernel.name]
-            + [str(number) for number in (few, *size, kernel.bits)],
-            env=os.environ | {"LIBTPU_INIT_ARGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=SECONDS,
-            check=False,  # what it has written before it aborts counts
-        )
+        command = [sys.executable, "-m", "mae_jax.planning.bundles", name, kernel.name]
+        command += [str(number) for number in (few, *size, kernel.bits)]
+        environment = os.environ | {"LIBTPU_INIT_ARGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # what it has written counts
+            subprocess.run(command, env=environment, timeout=SECONDS, check=False, **quiet)
         for path in pathlib.Path(folder).glob(f"{kernel.name}*.textproto"):
             if match := re.search(r"estimated_cycles: (\d+)", path.read_text()):
                 return int(match[1]) * units / few
