@@ -72,15 +72,21 @@ def pieces(units: int, d: int, n: int, itemsize: int) -> tuple[int, int]:
         return max(i for i in range(1, max(1, most) + 1) if number % i == 0)
 
     together = divisor(units, min(SIDE_BY_SIDE, WORKING_BYTES // _working_bytes(n)))
-    rows, lanes = (math.ceil(size / tile) * tile for size, tile in zip((d, n), TILE, strict=True))
-    arrays = 2 * 7 * together * rows * lanes * itemsize  # four in, three out, this piece's and next
+    arrays = (
+        2 * 7 * together * _padded(d, n) * itemsize
+    )  # four in, three out, this piece's and next
     return together, divisor(units // together, min(ROUNDS, (VMEM_BYTES - WORKING_BYTES) // arrays))
 
 
 def _working_bytes(n: int) -> int:
     """That the way back keeps of a head at a time: three arrays [N, N] float32, two rounded."""
-    rows, lanes = (math.ceil(n / tile) * tile for tile in TILE)
-    return rows * lanes * (3 * 4 + 2 * 2)
+    return _padded(n, n) * (3 * 4 + 2 * 2)
+
+
+def _padded(rows: int, lanes: int) -> int:
+    """Numbers that an array [rows, lanes] has room for in the chip's memory."""
+    sizes = zip((rows, lanes), TILE, strict=True)
+    return math.prod(math.ceil(size / tile) * tile for size, tile in sizes)
 
 
 def _each(units: int, together: int, work: Callable[[list[Any]], None]) -> None:

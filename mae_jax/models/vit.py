@@ -277,9 +277,8 @@ class Blocks(nn.Module):
         if self.local:
             groups = group(*x.shape[:2])
             x = x.reshape(*groups, *x.shape[1:])
-            path_scale = (
-                None if path_scale is None else path_scale.reshape(*path_scale.shape[:2], *groups)
-            )
+            if path_scale is not None:
+                path_scale = path_scale.reshape(*path_scale.shape[:2], *groups)
         if self.is_initializing():
             for i in range(self.depth):
                 seen[i + 1] = x = Block(*how, name=str(i))(x)

@@ -1,5 +1,6 @@
 """Fine-tuning, partial or whole, and training from scratch (paper tables 9, 11, section 4.3)."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -38,10 +39,12 @@ class Finetune(BaseTask):
     def __init__(self, config: ConfigDict, examples: int, spec: ModelSpec, mesh: Mesh):
         depth, blocks = spec.depth, config.trainable_blocks
         self.trainable_blocks = depth if blocks == -1 else blocks
-        head = {"head_std": config.head.init_std}
-        frozen = {"frozen_blocks": depth - math.ceil(self.trainable_blocks)}
-        self.model = spec.classifier(**head, **frozen, **how_computed(config))
-        self.trained = spec.classifier(**head, **frozen, **how_trained(config, mesh))
+        frozen = depth - math.ceil(self.trainable_blocks)
+        build = functools.partial(
+            spec.classifier, head_std=config.head.init_std, frozen_blocks=frozen
+        )
+        self.model = build(**how_computed(config))
+        self.trained = build(**how_trained(config, mesh))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
         self.drop_path = config.model.drop_path
         self.augment = config.augment.copy_and_resolve_references()

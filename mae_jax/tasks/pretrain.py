@@ -1,6 +1,7 @@
 """The pretraining task: what a step of masked autoencoding does (paper section 3, table 8)."""
 
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -43,9 +44,9 @@ class Pretrain(BaseTask):
         if self.own_masks is not None:
             spec = dataclasses.replace(spec, mask_ratio=_ratio_of(self.own_masks, config))
         # Weights to start from bring their position tables, interpolated to this image size.
-        positions = bool(config.init_from)
-        self.model = spec.mae(position_params=positions, **how_computed(config))
-        self.trained = spec.mae(position_params=positions, **how_trained(config, mesh))
+        build = functools.partial(spec.mae, position_params=bool(config.init_from))
+        self.model = build(**how_computed(config))
+        self.trained = build(**how_trained(config, mesh))
         super().__init__(config, examples, spec, self.model.encoder, mesh)
         if self.own_masks is not None:
             self.digests["mask.file"] = hashlib.sha256(self.own_masks).hexdigest()

@@ -17,6 +17,7 @@ from mae_jax.models.attention_kernel import VMEM_BYTES, WORKING_BYTES, pieces
 from mae_jax.models.vit import Blocks
 from mae_jax.planning.chips import parse_pod
 from mae_jax.tasks import create_task
+from tests.models.on_tpu import lowered_gradients
 
 
 def arrays(dtype, images=2, tokens=197, heads=3, d=32):
@@ -147,16 +148,10 @@ def test_pallas_is_not_imported_for_plain_attention():
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 def test_compiled_for_a_tpu_it_keeps_no_weights(name):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
-    here = jax.sharding.SingleDeviceSharding(parse_pod(name).topology().devices[0])
-    x = jax.ShapeDtypeStruct((32, 197, 512), jnp.float32, sharding=here)
-    shapes = jax.eval_shape(Blocks(1, 16, jnp.bfloat16).init, jax.random.key(0), x)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
 
     def temporaries(kind):
-        model = Blocks(1, 16, jnp.bfloat16, attention=kind)
-        step = jax.grad(lambda params, x: (model.apply(params, x) ** 2).mean())
-        compiled = jax.jit(step, out_shardings=here).lower(shapes, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        lowered = lowered_gradients(parse_pod(name), (32, 197, 512), 16, attention=kind)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     weights = 32 * 16 * 197 * 256 * 2  # in bfloat16, the last axis padded
     assert temporaries("plain") - temporaries("kernel") > weights

@@ -14,6 +14,7 @@ from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Blocks, ViT, group, product, sincos_position_table
 from mae_jax.planning import program
 from mae_jax.planning.chips import parse_pod
+from tests.models.on_tpu import lowered_gradients
 
 SMALL = {"image_size": (8, 12), "patch_size": 4, "channels": 2, "width": 32, "depth": 3, "heads": 4}
 
@@ -260,16 +261,10 @@ def test_grouped_images_have_the_same_tokens_and_gradients(stacking):
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1"])
 def test_grouped_images_are_copied_less_by_a_tpu(name):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
-    pod = parse_pod(name)
-    here = jax.sharding.SingleDeviceSharding(pod.topology().devices[0])
-    x = jax.ShapeDtypeStruct((64, 50, 768), jnp.float32, sharding=here)
-    shapes = jax.eval_shape(Blocks(1, 12, jnp.bfloat16).init, jax.random.key(0), x)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
 
     def copied(local):
-        model = Blocks(1, 12, jnp.bfloat16, local=local)
-        step = jax.grad(lambda params, x: (model.apply(params, x) ** 2).mean())
-        read = program.compile_and_read(jax.jit(step, out_shardings=here).lower(shapes, x))[1]
+        lowered = lowered_gradients(parse_pod(name), (64, 50, 768), 12, local=local)
+        read = program.compile_and_read(lowered)[1]
         return sum(
             count
             for i in read.instructions
