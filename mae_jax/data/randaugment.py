@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageEnhance, ImageOps
 
 from mae_jax import UserError
@@ -24,70 +25,151 @@ TRANSLATE = 0.45  # of the side
 ENHANCE = 0.9  # distance of an enhancement factor from 1, "increasing" ops
 POSTERIZE_BITS = 4
 SOLARIZE_ADD = 110  # grey levels
-GREY_LEVELS = np.arange(256)
+GREY_LEVELS = np.arange(256, dtype=np.uint8)
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32)  # Pillow's, over 13
+DOUBT = 1e-3  # grey levels; four times what float32 may be off by in `_between`
 
 Fill = tuple[int, ...]
-Op = Callable[[Image.Image, float, float, Fill | int], Image.Image]
+Op = Callable[[np.ndarray, float, float, Fill], np.ndarray]  # of uint8 [H, W, C]
 
 
 def _moved(
-    image: Image.Image, fill: Fill | int, offset: float = 0, slope: float = 0, *, down: bool = False
-) -> Image.Image:
+    image: np.ndarray, fill: Fill, offset: float = 0, slope: float = 0, *, down: bool = False
+) -> np.ndarray:
     """Moves every row along x, or with `down` every column along y: its pixel (x, y) is where the
     picture's was at x + slope * (y + 1/2) + offset.
 
-    Pillow's `transform` by such an affine matrix with its bicubic filter, to the bit and faster:
-    of its 4 x 4 pixels only the four along the movement count.
+    Pillow's `transform` by such an affine matrix with its bicubic filter, to the bit and faster: of
+    its 4 x 4 pixels only the four along the movement count.
     """
-    pixels = cv2.transpose(np.asarray(image)) if down else np.asarray(image)
-    height, width, channels = np.atleast_3d(pixels).shape
+    pixels = np.atleast_3d(cv2.transpose(image)) if down else image
+    height, width = pixels.shape[:2]
     x, y = np.arange(width), np.arange(height)
-    place = (x + 0.5) + slope * (y + 0.5)[:, None] + offset  # [H, W], added up as Pillow does
+    place = (x + 0.5) + slope * (y + 0.5)[:, None]  # [H, W], added up as Pillow does
+    place += offset
     inside = (place >= 0) & (place < width)
+    place -= 0.5
     result = np.empty_like(pixels)
-    result.reshape(height, -1)[:] = np.tile(fill, width)
+    result.reshape(height, -1)[:] = np.tile(np.array(fill, np.uint8), width)
     columns = np.flatnonzero(inside.any(axis=0))
     if columns.size:
         some = slice(columns[0], columns[-1] + 1)
-        place, count = place[:, some] - 0.5, columns[-1] + 1 - columns[0]
-        shift = np.floor(place[:, 0]).astype(int)  # [H], to the first pixel
-        edge = max(0, int(-shift.min())) + 1, max(0, int(shift.max()) + count - width) + 3
-        wide = cv2.copyMakeBorder(pixels, 0, 0, *edge, cv2.BORDER_REPLICATE).reshape(height, -1)
-        windows = np.lib.stride_tricks.sliding_window_view(wide, (count + 3) * channels, axis=1)
-        window = windows[y, (edge[0] + shift - 1) * channels].astype(np.int16)
-        a, b, c, d = (window[:, i * channels :][:, : count * channels] for i in range(4))
-        t = np.repeat(place - np.arange(count) - shift[:, None], channels, axis=1)
-        value = b + t * (c - a + t * (2 * (a - b) + c - d + t * (b - a + d - c)))
-        moved = value.clip(0, 255).astype(np.uint8).reshape(height, count, channels)
-        mask = np.ascontiguousarray(inside[:, some]).view(np.uint8)
-        result[:, some] = cv2.copyTo(moved, mask, np.ascontiguousarray(result[:, some]))
-    return Image.fromarray(cv2.transpose(result) if down else result)
+        kept, mask = result[:, some], np.ascontiguousarray(inside[:, some]).view(np.uint8)
+        moved = _between(pixels, place[:, some]).reshape(kept.shape)
+        kept[:] = cv2.copyTo(moved, mask, np.ascontiguousarray(kept)).reshape(kept.shape)
+    return cv2.transpose(result).reshape(image.shape) if down else result
 
 
-def _sharpened(image: Image.Image, factor: float) -> Image.Image:
-    """`ImageEnhance.Sharpness`, to the bit: thirteenths are never halfway between grey levels."""
-    pixels = np.asarray(image)
-    smooth = pixels.copy()
-    inner = slice(1, -1), slice(1, -1)
-    smooth[inner] = cv2.filter2D(pixels, -1, SMOOTH / 13)[inner]  # Pillow leaves the edge
-    return Image.blend(Image.fromarray(smooth), image, factor)
+def _between(pixels: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Bicubic grey levels [H, M * C] of rows of pixels [H, W, C] at places [H, M], each a pixel
+    right of the one before; cut off to whole levels.
+
+    By float32; by float64, in Pillow's order, those that this leaves in doubt.
+    """
+    (height, count), channels = place.shape, pixels.shape[2]
+    first = np.floor(place[:, 0]).astype(int)  # [H], the pixel left of a row's first place
+    left, right = max(0, -first.min()) + 2, max(0, first.max() + count - pixels.shape[1]) + 4
+    wide = cv2.copyMakeBorder(pixels, 0, 0, left, right, cv2.BORDER_REPLICATE).reshape(height, -1)
+    windows = sliding_window_view(wide, (count + 3) * channels, axis=1)
+    window = windows[np.arange(height), (left + first - 1) * channels]  # [H, (M + 3) * C]
+    t = place[:, 0] - first
+    weights = [-t * (1 - t) ** 2, 1 - t**2 * (2 - t), t * (1 + t * (1 - t)), -(t**2) * (1 - t)]
+    taps = sliding_window_view(window.astype(np.float32), count * channels, axis=1)[:, ::channels]
+    values = np.einsum("hkn,kh->hn", taps, np.array(weights, np.float32))
+    values += DOUBT
+    whole = np.floor(values)
+    values -= whole
+    same = window[:, channels:] == window[:, :-channels]  # as the pixel before
+    flat = same[:, channels:-channels] & same[:, : -2 * channels] & same[:, 2 * channels :]
+    doubtful = np.flatnonzero((values < 2 * DOUBT) & ~flat)
+    result = whole.clip(0, 255, out=whole).astype(np.uint8)
+    row, x, channel = np.unravel_index(doubtful, (height, count, channels))
+    before = np.floor(place[row, x])
+    t, start = place[row, x] - before, (left + before.astype(int) - 1) * channels + channel
+    a, b, c, d = (wide[row, start + i * channels].astype(np.int16) for i in range(4))
+    exact = b + t * (c - a + t * (2 * (a - b) + c - d + t * (b - a + d - c)))
+    result.flat[doubtful] = exact.clip(0, 255)
+    return result
 
 
-def _mapped(image: Image.Image, table: np.ndarray) -> Image.Image:
+def _by_pillow(op: Callable[[Image.Image], Image.Image], image: np.ndarray) -> np.ndarray:
+    picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
+    return np.asarray(op(picture)).reshape(image.shape)
+
+
+def _mapped(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Every grey level v becomes ``table[v]``."""
-    return image.point(table.tolist() * len(image.getbands()))
+    return cv2.LUT(image, table).reshape(image.shape)
 
 
-def _posterized(image: Image.Image, bits: int) -> Image.Image:
+def _rotated(image: np.ndarray, fill: Fill, degrees: float) -> np.ndarray:
+    """Counterclockwise, about the centre."""
+    bicubic, color = Image.Resampling.BICUBIC, fill if len(fill) == 3 else fill[0]
+    return _by_pillow(lambda picture: picture.rotate(degrees, bicubic, fillcolor=color), image)
+
+
+def _posterized(image: np.ndarray, bits: int) -> np.ndarray:
     # ImageOps.posterize refuses to keep 0 bits (a black picture) since Pillow 13, but level 10
     # comes to that, and one draw in forty of m9-mstd0.5 is level 10.
-    return _mapped(image, GREY_LEVELS & ~(2 ** (8 - bits) - 1))
+    return image & np.uint8(256 - 2 ** (8 - bits))
 
 
-def _solarize_add(image: Image.Image, share: float, *_: object) -> Image.Image:
-    brighter = np.minimum(GREY_LEVELS + int(SOLARIZE_ADD * share), 255)
+def _solarized(image: np.ndarray, threshold: int) -> np.ndarray:
+    return _mapped(image, np.where(threshold > GREY_LEVELS, GREY_LEVELS, 255 - GREY_LEVELS))
+
+
+def _solarize_add(image: np.ndarray, share: float, *_: object) -> np.ndarray:
+    brighter = GREY_LEVELS + np.uint8(SOLARIZE_ADD * share)
     return _mapped(image, np.where(GREY_LEVELS < 128, brighter, GREY_LEVELS))
+
+
+def _with_color(image: np.ndarray, factor: float) -> np.ndarray:
+    return _by_pillow(lambda picture: ImageEnhance.Color(picture).enhance(factor), image)
+
+
+def _with_contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    return _by_pillow(lambda picture: ImageEnhance.Contrast(picture).enhance(factor), image)
+
+
+def _brightened(image: np.ndarray, factor: float) -> np.ndarray:
+    """`ImageEnhance.Brightness`, done to each grey level once."""
+    levels = ImageEnhance.Brightness(Image.fromarray(GREY_LEVELS[None]))
+    return _mapped(image, np.asarray(levels.enhance(factor)))
+
+
+def _sharpened(image: np.ndarray, factor: float) -> np.ndarray:
+    """`ImageEnhance.Sharpness`, to the bit: thirteenths are never halfway between grey levels."""
+    smooth, inner = image.copy(), (slice(1, -1), slice(1, -1))  # Pillow leaves the edge
+    smooth[inner] = cv2.filter2D(image, -1, SMOOTH / 13).reshape(image.shape)[inner]
+    pictures = (Image.fromarray(x.reshape(len(x), -1)) for x in (smooth, image))
+    return np.asarray(Image.blend(*pictures, factor)).reshape(image.shape)
+
+
+# Each takes the level as a share of the maximum, the same with a sign for ops that have two
+# directions, and the grey levels of what a moved picture leaves empty.
+_COMMON: dict[str, Op] = {
+    "AutoContrast": lambda image, *_: _by_pillow(ImageOps.autocontrast, image),
+    "Equalize": lambda image, *_: _by_pillow(ImageOps.equalize, image),
+    "Invert": lambda image, *_: 255 - image,
+    "Rotate": lambda image, share, signed, fill: _rotated(image, fill, ROTATE_DEGREES * signed),
+    "SolarizeAdd": _solarize_add,
+    "ShearX": lambda image, share, signed, fill: _moved(image, fill, slope=SHEAR * signed),
+    "ShearY": lambda image, share, signed, fill: _moved(
+        image, fill, slope=SHEAR * signed, down=True
+    ),
+    "TranslateXRel": lambda image, share, signed, fill: _moved(
+        image, fill, TRANSLATE * signed * image.shape[1]
+    ),
+    "TranslateYRel": lambda image, share, signed, fill: _moved(
+        image, fill, TRANSLATE * signed * image.shape[0], down=True
+    ),
+}
+_ENHANCERS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "Color": _with_color,
+    "Contrast": _with_contrast,
+    "Brightness": _brightened,
+    "Sharpness": _sharpened,
+}
 
 
 def _enhanced(name: str) -> Op:
@@ -98,53 +180,24 @@ def _enhanced_increasing(name: str) -> Op:
     return lambda image, share, signed, fill: _ENHANCERS[name](image, 1 + ENHANCE * signed)
 
 
-# Each takes the level as a share of the maximum, the same with a sign for ops that have two
-# directions, and the grey levels of what a moved picture leaves empty.
-_COMMON: dict[str, Op] = {
-    "AutoContrast": lambda image, share, *_: ImageOps.autocontrast(image),
-    "Equalize": lambda image, share, *_: ImageOps.equalize(image),
-    "Invert": lambda image, share, *_: ImageOps.invert(image),
-    "Rotate": lambda image, share, signed, fill: image.rotate(  # counterclockwise, about the centre
-        ROTATE_DEGREES * signed, Image.Resampling.BICUBIC, fillcolor=fill
-    ),
-    "SolarizeAdd": _solarize_add,
-    "ShearX": lambda image, share, signed, fill: _moved(image, fill, slope=SHEAR * signed),
-    "ShearY": lambda image, share, signed, fill: _moved(
-        image, fill, slope=SHEAR * signed, down=True
-    ),
-    "TranslateXRel": lambda image, share, signed, fill: _moved(
-        image, fill, TRANSLATE * signed * image.width
-    ),
-    "TranslateYRel": lambda image, share, signed, fill: _moved(
-        image, fill, TRANSLATE * signed * image.height, down=True
-    ),
-}
-_ENHANCERS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
-    "Contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
-    "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
-    "Sharpness": _sharpened,
-}
 PLAIN_OPS: dict[str, Op] = _COMMON | {
     "Posterize": lambda image, share, *_: _posterized(image, int(POSTERIZE_BITS * share)),
-    "Solarize": lambda image, share, *_: ImageOps.solarize(image, int(256 * share)),
+    "Solarize": lambda image, share, *_: _solarized(image, int(256 * share)),
     **{name: _enhanced(name) for name in _ENHANCERS},
 }
 INCREASING_OPS: dict[str, Op] = _COMMON | {
     "PosterizeIncreasing": lambda image, share, *_: _posterized(
         image, POSTERIZE_BITS - int(POSTERIZE_BITS * share)
     ),
-    "SolarizeIncreasing": lambda image, share, *_: ImageOps.solarize(image, 256 - int(256 * share)),
+    "SolarizeIncreasing": lambda image, share, *_: _solarized(image, 256 - int(256 * share)),
     **{f"{n}Increasing": _enhanced_increasing(n) for n in _ENHANCERS},
 }
 
 
 def apply(name: str, image: np.ndarray, level: float, sign: int, fill: Fill) -> np.ndarray:
     """Does one op, named as timm's, to uint8 [H, W, C], C 1 or 3; level 0 to 10, sign +1 or -1."""
-    op = (PLAIN_OPS | INCREASING_OPS)[name]
-    picture = Image.fromarray(image if len(fill) == 3 else image[:, :, 0])
-    color, share = fill if len(fill) == 3 else fill[0], level / MAX_LEVEL
-    return np.asarray(op(picture, share, sign * share, color)).reshape(image.shape)
+    share = level / MAX_LEVEL
+    return (PLAIN_OPS | INCREASING_OPS)[name](image, share, sign * share, fill)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from mae_jax.data import randaugment
 from mae_jax.data.randaugment import INCREASING_OPS, PLAIN_OPS, apply, parse_randaugment
@@ -77,17 +77,30 @@ def test_shear_moves_each_line_by_its_distance_from_the_edge(sign, level):
 @pytest.mark.parametrize("gray", [False, True])
 def test_what_pillow_does_slowly_is_done_to_the_bit(gray):
     rng = np.random.default_rng(0)
-    for trial in range(40):
+    for trial in range(60):
         height, width = rng.integers(4, 100, 2)
         picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
         if trial % 4 == 0:
             picture[:] = picture[0, 0]  # values between grey levels are cut off, not rounded
+        elif trial % 4 == 1:
+            picture[:] = picture // 128 * 255  # flat in places, black and white beside each other
+        elif trial % 4 == 2:
+            picture = np.sort(picture, axis=trial // 4 % 2)  # neighbours alike
         image, fill = Image.fromarray(picture).convert("L" if gray else "RGB"), (124, 116, 104)
-        fill = fill[0] if gray else fill
+        fill, n = (fill[0], 1) if gray else (fill, 3)
         sign, level = int(rng.choice([-1, 1])), float(rng.choice([0, 10, rng.uniform(0, 10)]))
         signed = sign * (level / 10)
-        sharper = ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed)
-        expected = {"SharpnessIncreasing": np.asarray(sharper)}
+        enhance = {
+            f"{name}Increasing": getattr(ImageEnhance, name)(image).enhance(1 + 0.9 * signed)
+            for name in ("Sharpness", "Brightness", "Contrast", "Color")
+        }
+        expected = enhance | {
+            "Invert": ImageOps.invert(image),
+            "Solarize": ImageOps.solarize(image, int(25.6 * level)),
+            "SolarizeAdd": image.point([v + int(11 * level) * (v < 128) for v in range(256)] * n),
+        }
+        if bits := 4 - int(0.4 * level):
+            expected["PosterizeIncreasing"] = ImageOps.posterize(image, bits)
         for name, matrix in {
             "ShearX": (1, 0.3 * signed, 0, 0, 1, 0),
             "ShearY": (1, 0, 0, 0.3 * signed, 1, 0),
@@ -95,12 +108,12 @@ def test_what_pillow_does_slowly_is_done_to_the_bit(gray):
             "TranslateYRel": (1, 0, 0, 0, 1, 0.45 * signed * height),
         }.items():
             kind, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
-            moved = image.transform(image.size, kind, matrix, bicubic, fillcolor=fill)
-            expected[name] = np.asarray(moved)
+            expected[name] = image.transform(image.size, kind, matrix, bicubic, fillcolor=fill)
         pixels = np.asarray(image).reshape(height, width, -1)
         for name, result in expected.items():
             got = apply(name, pixels, level, sign, (fill,) if gray else fill)
-            np.testing.assert_array_equal(got, result.reshape(pixels.shape), err_msg=name)
+            wanted = np.asarray(result).reshape(pixels.shape)
+            np.testing.assert_array_equal(got, wanted, err_msg=name)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
