@@ -1,13 +1,13 @@
 """Attention as one kernel for TPUs: what lies between its products never leaves the chip.
 
-For the short sequences of ViTs: all tokens of an image and head, 50 to some 1,000, are one piece.
+For the short sequences of ViTs: all tokens of an image and head, up to some 1,000, are one piece.
 Left to XLA, the [N, N] weights go to memory and back several times, forwards and backwards. Here
 the way back computes them again. Dao et al., arXiv 2205.14135, for the idea.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,17 +48,32 @@ def run(name: str, *arrays: jax.Array) -> list[jax.Array]:
     kernel, _, results = KERNELS[name]
     units, d, n = arrays[0].shape
     together, rounds = pieces(units, d, n, arrays[0].dtype.itemsize)
-    block = pl.BlockSpec((together * rounds, d, n), lambda i: (i, 0, 0))
     limit = max(VMEM_BYTES, 2 * _working_bytes(n))
+    kernel = functools.partial(kernel, together=together)
+    return launch(name, kernel, arrays, results, (together * rounds, d, n), limit)
+
+
+def launch(
+    name: str,
+    kernel: Callable[..., None],
+    arrays: Sequence[jax.Array],
+    results: int,
+    piece: tuple[int, int, int],
+    limit: int = VMEM_BYTES,
+) -> list[jax.Array]:
+    """So many results, like the arrays [U, rows, lanes], of a kernel that sees a piece of each,
+    all rows, and may use so many bytes of the chip's memory."""
+    block = pl.BlockSpec(piece, lambda i, j: (i, 0, j))
+    units, _, lanes = arrays[0].shape
     call = functools.partial(
         pl.pallas_call,
-        functools.partial(kernel, together=together),
-        grid=(units // (together * rounds),),
+        kernel,
+        grid=(units // piece[0], lanes // piece[2]),
         in_specs=[block] * len(arrays),
         out_specs=[block] * results,
         out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * results,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=limit
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit
         ),
         name=name,
     )
@@ -68,14 +83,16 @@ def run(name: str, *arrays: jax.Array) -> list[jax.Array]:
 def pieces(units: int, d: int, n: int, itemsize: int) -> tuple[int, int]:
     """(heads side by side, rounds of these in a piece of the grid) for `units` of [d, n]."""
 
-    def divisor(number: int, most: int) -> int:
-        return max(i for i in range(1, max(1, most) + 1) if number % i == 0)
-
     together = divisor(units, min(SIDE_BY_SIDE, WORKING_BYTES // _working_bytes(n)))
     arrays = (
         2 * 7 * together * _padded(d, n) * itemsize
     )  # four in, three out, this piece's and next
     return together, divisor(units // together, min(ROUNDS, (VMEM_BYTES - WORKING_BYTES) // arrays))
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest up to `most`."""
+    return max(i for i in range(1, max(1, most) + 1) if number % i == 0)
 
 
 def _working_bytes(n: int) -> int:
@@ -89,14 +106,17 @@ def _padded(rows: int, lanes: int) -> int:
     return math.prod(math.ceil(size / tile) * tile for size, tile in sizes)
 
 
-def _each(units: int, together: int, work: Callable[[list[Any]], None]) -> None:
+def each(units: int, together: int, work: Callable[[list[Any]], None]) -> None:
+    """Calls `work` with the numbers of so many units, until all are done."""
+
     def step(i: jax.Array, _: None) -> None:
         work([i * together + j for j in range(together)])
 
     jax.lax.fori_loop(0, units // together, step, None)
 
 
-def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Of matrices, summed over these axes, float32."""
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -109,7 +129,7 @@ def _scaled(x: jax.Array, factor: Any) -> jax.Array:
 def _weights(q: Any, k: Any, places: list[Any]) -> tuple[list, list, list]:
     """(scaled queries, weights [keys, queries], what normalises them [1, queries]) of each head."""
     queries = [_scaled(q[p], q.shape[1] ** -0.5) for p in places]  # [d, N]
-    logits = [_product(k[p], x, 0, 0) for p, x in zip(places, queries, strict=True)]
+    logits = [product(k[p], x, 0, 0) for p, x in zip(places, queries, strict=True)]
     highest = [jnp.max(x, axis=0, keepdims=True) for x in logits]
     weights = [jnp.exp(x - high) for x, high in zip(logits, highest, strict=True)]
     return queries, weights, [1 / jnp.sum(w, axis=0, keepdims=True) for w in weights]
@@ -119,12 +139,12 @@ def _forward(q: Any, k: Any, v: Any, out: Any, *, together: int) -> None:
     def work(places: list[Any]) -> None:
         _, weights, shares = _weights(q, k, places)
         sums = [
-            _product(v[p], w.astype(v.dtype), 1, 0) for p, w in zip(places, weights, strict=True)
+            product(v[p], w.astype(v.dtype), 1, 0) for p, w in zip(places, weights, strict=True)
         ]
         for p, x, share in zip(places, sums, shares, strict=True):
             out[p] = (x * share).astype(out.dtype)
 
-    _each(len(q), together, work)
+    each(len(q), together, work)
 
 
 def _backward(
@@ -134,9 +154,9 @@ def _backward(
 
     def work(places: list[Any]) -> None:
         queries, weights, shares = _weights(q, k, places)
-        by_weights = [_product(v[p], given[p], 0, 0) for p in places]  # [keys, queries]
+        by_weights = [product(v[p], given[p], 0, 0) for p in places]  # [keys, queries]
         by_values = [
-            _product(_scaled(given[p], share), w.astype(v.dtype), 1, 1)
+            product(_scaled(given[p], share), w.astype(v.dtype), 1, 1)
             for p, w, share in zip(places, weights, shares, strict=True)
         ]
         # Through the softmax: less the mean, by the weights, over the keys.
@@ -144,9 +164,9 @@ def _backward(
         for w, change, share in zip(weights, by_weights, shares, strict=True):
             mean = jnp.sum(w * change, axis=0, keepdims=True) * share
             by_logits.append((w * (change - mean)).astype(q.dtype))
-        by_queries = [_product(k[p], x, 1, 0) for p, x in zip(places, by_logits, strict=True)]
+        by_queries = [product(k[p], x, 1, 0) for p, x in zip(places, by_logits, strict=True)]
         by_keys = [
-            _product(_scaled(x, share), change, 1, 1)
+            product(_scaled(x, share), change, 1, 1)
             for x, share, change in zip(queries, shares, by_logits, strict=True)
         ]
         for i, p in enumerate(places):
@@ -154,7 +174,7 @@ def _backward(
             dk[p] = by_keys[i].astype(dk.dtype)
             dv[p] = by_values[i].astype(dv.dtype)
 
-    _each(len(q), together, work)
+    each(len(q), together, work)
 
 
 # By name: what they do, the arrays they take and those they give.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.models.attention import attention
+from mae_jax.models.attention import attention, is_stacked
 from mae_jax.models.gelu import gelu
 from mae_jax.models.masking import take_tokens
 from mae_jax.models.patches import patchify
@@ -155,22 +155,25 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
         head_dim = d // self.heads
+        stacked = is_stacked(self.attention, x.shape[-2], d, self.heads)
+        shape = (d,) if stacked else (self.heads, head_dim)
         kernel, bias = Linear(3 * d, name="qkv")(d)
-        kernel = kernel.astype(self.dtype).reshape(d, 3, self.heads, head_dim)
-        bias = bias.astype(self.dtype).reshape(3, self.heads, head_dim)
+        kernel = kernel.astype(self.dtype).reshape(d, 3, *shape)
+        bias = bias.astype(self.dtype).reshape(3, *shape)
         q, k, v = (product(x, kernel[:, i], self.dtype) + bias[i] for i in range(3))
         relative = None
         if self.bias_grid:
             h, w = self.bias_grid
-            shape = ((2 * h - 1) * (2 * w - 1) + 3, self.heads)
-            table = self.param("relative_bias", nn.initializers.zeros, shape)
+            rows = (2 * h - 1) * (2 * w - 1) + 3
+            table = self.param("relative_bias", nn.initializers.zeros, (rows, self.heads))
             relative = relative_bias(jnp.asarray(table, jnp.float32), self.bias_grid)
-        # [B, N, heads, head_dim] each, whichever way tokens are grouped
-        q, k, v = (y.reshape(-1, *y.shape[-3:]) for y in (q, k, v))
-        x = attention(q, k, v, relative, self.attention).reshape(*x.shape[:-1], *q.shape[-2:])
+        # [B, N, heads, head_dim] each, or [B, N, D], whichever way tokens are grouped
+        q, k, v = (y.reshape(-1, x.shape[-2], *shape) for y in (q, k, v))
+        y = attention(q, k, v, relative, self.attention, head_dim)
         kernel, bias = Linear(d, name="proj")(d)
-        kernel = kernel.astype(self.dtype).reshape(self.heads, head_dim, d)
-        return product(x, kernel, self.result, contracted=2) + bias.astype(self.result)  # [B, N, D]
+        kernel = kernel.astype(self.dtype).reshape(*shape, d)
+        y = product(y.reshape(*x.shape[:-1], *shape), kernel, self.result, contracted=len(shape))
+        return y + bias.astype(self.result)  # [B, N, D]
 
 
 class Mlp(nn.Module):
@@ -232,7 +235,8 @@ def group(images: int, tokens: int) -> tuple[int, ...]:
     TPUs pad the last two axes of an array in memory. Their compiler lays out [B, N, D] with B
     before D where B is larger than N, which pads less, and then copies what attention reads, which
     wants N there: in groups an encoder of 50 tokens takes 5 to 9 % less time (64 images, ViT-B on
-    v5e, L on v4 and v6e, by `mae_jax.plan`) and keeps 12 % more.
+    v5e, L on v4 and v6e, by `mae_jax.plan`) and keeps 12 % more. A kernel that reads [B, N, D] has
+    the same effect, and is better off without groups.
     """
     size = max((i for i in range(8, tokens) if images % i == 0), default=0)
     return (images // size, size) if size and tokens < images < size * tokens else (images,)
@@ -274,7 +278,7 @@ class Blocks(nn.Module):
         `taps` the tokens [B, N, D] after each of these."""
         how = (self.heads, self.dtype, self.bias_grid, self.layer_scale, self.attention)
         seen, shape = {}, x.shape  # blocks done -> tokens
-        if self.local:
+        if self.local and not is_stacked(self.attention, *x.shape[1:], self.heads):
             groups = group(*x.shape[:2])
             x = x.reshape(*groups, *x.shape[1:])
             if path_scale is not None:

@@ -1,23 +1,27 @@
 """How long kernels take: the cycles of their final instruction bundles, as libtpu counts them.
 
 It counts when told to before it is loaded, slowly, and may abort the whole process behind a kernel
-that it has counted: hence a process for each, and a few heads in place of all.
+that it has counted: hence a process for each, and a few images in place of all.
 """
 
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+from jax.experimental.layout import Format, Layout
 
 from mae_jax import UserError
-from mae_jax.models import attention_kernel
+from mae_jax.models import attention_kernel, stacked_attention_kernel
 from mae_jax.planning.chips import CHIPS, Chip, Pod, products
 from mae_jax.planning.program import Kernel, Program
 
@@ -38,19 +42,47 @@ def counted(program: Program, pod: Pod) -> Program:
     )
 
 
+class Known(NamedTuple):
+    """A kernel of ours.
+
+    Attributes:
+      run: runs it on arrays.
+      arguments: how many of these, all of one shape.
+      pieces: of their shape and bytes a number, what it works on at a time.
+    """
+
+    run: Callable[..., list[jax.Array]]
+    arguments: int
+    pieces: Callable[..., tuple[int, int]]
+
+
+def _known(name: str) -> Known:
+    stacked, _, head_dim = name.rpartition("_")
+    if stacked in stacked_attention_kernel.KERNELS:
+        run = functools.partial(stacked_attention_kernel.run, stacked, int(head_dim))
+        arguments = stacked_attention_kernel.KERNELS[stacked][1]
+
+        def pieces(images: int, tokens: int, *_: int) -> tuple[int, int]:
+            return stacked_attention_kernel.pieces(images, tokens, int(head_dim))
+
+        return Known(run, arguments, pieces)
+    run = functools.partial(attention_kernel.run, name)
+    return Known(run, attention_kernel.KERNELS[name][1], attention_kernel.pieces)
+
+
 @functools.cache
 def cycles(kernel: Kernel, chip: Chip) -> float:
     """Of a device of `chip`, waiting for memory left out."""
-    units, *size = kernel.shape  # [U, head_dim, N]
-    together, rounds = attention_kernel.pieces(*kernel.shape, kernel.bits // 8)
-    few = min(units, PIECES * together * rounds)
-    if attention_kernel.pieces(few, *size, kernel.bits // 8) != (together, rounds):
+    units, *size = kernel.shape
+    bits, known = kernel.bits, _known(kernel.name)
+    few = min(units, PIECES * math.prod(known.pieces(units, *size, bits // 8)))
+    if known.pieces(few, *size, bits // 8) != known.pieces(units, *size, bits // 8):
         few = units
     name = STAND_INS.get(chip.name, chip.name)
     with tempfile.TemporaryDirectory() as folder:
         flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {FLAG}={folder}"
         command = [sys.executable, "-m", "mae_jax.planning.bundles", name, kernel.name]
-        command += [str(number) for number in (few, *size, kernel.bits)]
+        command += [str(number) for number in (few, *size, bits)]
         environment = os.environ | {"LIBTPU_INIT_ARGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with contextlib.suppress(subprocess.TimeoutExpired):  # what it has written counts
@@ -65,15 +97,16 @@ def cycles(kernel: Kernel, chip: Chip) -> float:
 
 
 def compile_alone(chip: str, name: str, *numbers: str) -> None:
-    """Compiles a kernel of numbers U, head_dim, N, bits, for libtpu to count."""
+    """Compiles a kernel, given its first argument's shape and bits, for libtpu to count."""
     *shape, bits = map(int, numbers)
     device = Pod(CHIPS[chip], products(CHIPS[chip])[0]).topology().devices[0]
     here = jax.sharding.SingleDeviceSharding(device)
     dtype = {16: "bfloat16", 32: "float32"}[bits]
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-    arrays = [array] * attention_kernel.KERNELS[name][1]
-    run = functools.partial(attention_kernel.run, name)
-    jax.jit(run, out_shardings=here).lower(*arrays).compile()
+    known = _known(name)
+    as_read = Format(Layout((0, 1, 2)), here)  # a copy before the kernel may end the count
+    compiled = jax.jit(known.run, in_shardings=as_read, out_shardings=as_read)
+    compiled.lower(*[array] * known.arguments).compile()
 
 
 if __name__ == "__main__":

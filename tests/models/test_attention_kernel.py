@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mae_jax import UserError
 from mae_jax.models.attention import attention
 from mae_jax.models.attention_kernel import VMEM_BYTES, WORKING_BYTES, pieces
-from mae_jax.models.vit import Blocks
+from mae_jax.models.vit import VARIANTS, Blocks
 from mae_jax.planning.chips import parse_pod
 from mae_jax.tasks import create_task
 from tests.models.on_tpu import lowered_gradients
@@ -27,7 +27,15 @@ def arrays(dtype, images=2, tokens=197, heads=3, d=32):
 
 
 def with_gradients(kind, q, k, v, cotangent):
-    out, backward = jax.vjp(lambda *factors: attention(*factors, kind=kind), q, k, v)
+    """Values and gradients; `kind` "stacked" is the kernel of few tokens."""
+
+    def compute(*factors):
+        if kind != "stacked":
+            return attention(*factors, kind=kind)
+        flat = (x.reshape(*x.shape[:2], -1) for x in factors)
+        return attention(*flat, kind="kernel", head_dim=q.shape[-1]).reshape(q.shape)
+
+    out, backward = jax.vjp(compute, q, k, v)
     return [out, *backward(cotangent)]
 
 
@@ -50,47 +58,73 @@ def by_numpy(q, k, v, cotangent):
     return [x.swapaxes(1, 2) for x in all_four]
 
 
+FEW = {"tokens": 50, "heads": 4, "d": 64}
+
+
 @pytest.mark.parametrize(
-    "shape",
+    ("kind", "shape"),
     [
-        {"tokens": 197},
-        {"tokens": 129, "d": 64},
-        {"tokens": 257, "images": 1, "heads": 5},
-        {"tokens": 145, "images": 16, "heads": 4, "d": 8},  # several pieces of several rounds
+        ("kernel", {"tokens": 197}),
+        ("kernel", {"tokens": 129, "d": 64}),
+        ("kernel", {"tokens": 257, "images": 1, "heads": 5}),
+        # Several pieces of several rounds.
+        ("kernel", {"tokens": 145, "images": 16, "heads": 4, "d": 8}),
+        ("stacked", FEW),
+        ("stacked", FEW | {"images": 64, "heads": 2}),
+        ("stacked", {"tokens": 99, "heads": 2, "d": 128}),
+        ("stacked", {"tokens": 128, "heads": 4}),
+        ("stacked", {"tokens": 3, "heads": 8, "d": 16}),
     ],
 )
-def test_values_and_gradients_in_float32_are_those_of_numpy(shape):
+def test_values_and_gradients_in_float32_are_those_of_numpy(kind, shape):
     given = arrays(jnp.float32, **shape)
-    for mine, exact in zip(with_gradients("kernel", *given), by_numpy(*given), strict=True):
+    for mine, exact in zip(with_gradients(kind, *given), by_numpy(*given), strict=True):
         assert far(mine, exact) < 1e-5
 
 
-def test_in_bfloat16_it_errs_no_more_than_plain_attention():
-    given = arrays(jnp.bfloat16)
+@pytest.mark.parametrize(("kind", "shape"), [("kernel", {}), ("stacked", FEW)])
+def test_in_bfloat16_it_errs_no_more_than_plain_attention(kind, shape):
+    given = arrays(jnp.bfloat16, **shape)
     exact = by_numpy(*(x.astype(jnp.float32) for x in given))
-    kernel, plain = (with_gradients(kind, *given) for kind in ("kernel", "plain"))
+    kernel, plain = (with_gradients(name, *given) for name in (kind, "plain"))
     for mine, theirs, true in zip(kernel, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype == jnp.bfloat16
         assert far(mine, true) < 1.5 * far(theirs, true)
 
 
-def test_large_logits_do_not_overflow():
-    q, k, v, _ = arrays(jnp.float32)
-    out = attention(200 * q, k, v, kind="kernel")
+@pytest.mark.parametrize(("kind", "shape"), [("kernel", {}), ("stacked", FEW)])
+def test_large_logits_do_not_overflow(kind, shape):
+    q, k, v, cotangent = arrays(jnp.float32, **shape)
+    out, *_ = with_gradients(kind, 200 * q, k, v, cotangent)
     assert far(out, attention(200 * q, k, v)) < 1e-4
 
 
-@pytest.mark.parametrize(("tokens", "kernels"), [(128, 0), (129, 1)])
-def test_short_sequences_stay_plain(tokens, kernels):
-    given = arrays(jnp.float32, tokens=tokens)[:3]
-    text = str(jax.make_jaxpr(lambda *x: attention(*x, kind="kernel"))(*given))
-    assert ("pallas_call" in text) == kernels
+@pytest.mark.parametrize(
+    ("variant", "tokens", "kernel"),
+    [
+        ("b", 50, "stacked_attention_forward_64"),
+        ("l", 128, "stacked_attention_forward_64"),
+        ("l", 129, "attention_forward"),
+        ("h", 50, None),  # heads of 80 do not share registers
+        ("h", 257, "attention_forward"),
+        ("ti", 50, None),  # three heads are one register and a half
+    ],
+)
+def test_each_number_of_tokens_has_its_kernel(variant, tokens, kernel):
+    shape = VARIANTS[variant]
+    model = Blocks(1, shape.heads, jnp.float32, attention="kernel")
+    x = jax.ShapeDtypeStruct((2, tokens, shape.width), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    text = str(jax.make_jaxpr(model.apply)(params, x))
+    assert ("pallas_call" in text) == (kernel is not None)
+    assert kernel is None or f"name={kernel}\n" in text
 
 
-def test_relative_biases_are_refused():
-    q, k, v, _ = arrays(jnp.float32)
+@pytest.mark.parametrize("shape", [{}, FEW])
+def test_relative_biases_are_refused(shape):
+    q, k, v, _ = arrays(jnp.float32, **shape)
     with pytest.raises(ValueError, match="no relative biases"):
-        attention(q, k, v, jnp.zeros((3, 197, 197)), "kernel")
+        attention(q, k, v, jnp.zeros((q.shape[2], q.shape[1], q.shape[1])), "kernel")
 
 
 @pytest.mark.parametrize("units", [1, 7, 24, 768, 1024])
@@ -105,9 +139,10 @@ def test_pieces_divide_the_heads_and_fit_into_the_chip(units, size):
     assert rounds == 1 or read_and_written <= VMEM_BYTES - WORKING_BYTES
 
 
-def test_blocks_split_over_devices_compute_the_same_either_way():
+@pytest.mark.parametrize("tokens", [(8, 145, 32), (8, 50, 128)])
+def test_blocks_split_over_devices_compute_the_same_either_way(tokens):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    x = jax.random.normal(jax.random.key(1), (8, 145, 32))
+    x = jax.random.normal(jax.random.key(1), tokens)
     params = Blocks(2, 2, jnp.float32).init(jax.random.key(0), x[:1])
 
     def gradients(kind):
@@ -145,13 +180,15 @@ def test_pallas_is_not_imported_for_plain_attention():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tokens", [(32, 197, 512), (32, 50, 1024)])
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
-def test_compiled_for_a_tpu_it_keeps_no_weights(name):
+def test_compiled_for_a_tpu_it_keeps_no_weights(name, tokens):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
 
     def temporaries(kind):
-        lowered = lowered_gradients(parse_pod(name), (32, 197, 512), 16, attention=kind)
+        lowered = lowered_gradients(parse_pod(name), tokens, 16, attention=kind)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    weights = 32 * 16 * 197 * 256 * 2  # in bfloat16, the last axis padded
+    n = tokens[1]
+    weights = 32 * 16 * n * -(-n // 128) * 128 * 2  # in bfloat16, the last axis padded
     assert temporaries("plain") - temporaries("kernel") > weights
