@@ -103,9 +103,7 @@ FIELDS = {
     "model.stacking": Free(
         "unrolled", ("unrolled", "scan"), "scan compiles faster, runs slower", VIT
     ),
-    "model.attention": Free(
-        "plain", ATTENTION, "kernel: our own, TPUs, above 128 tokens", (*MAE, *CLASSIFY)
-    ),
+    "model.attention": Free("plain", ATTENTION, "kernel: our own, for TPUs", (*MAE, *CLASSIFY)),
     "model.remat": Free("none", tuple(REMAT_POLICIES), "dots, full: less memory, more work", VIT),
     # bfloat16 here and in optim.reduce_dtype takes 8 % fewer cycles and as much memory (`plan`:
     # ViT-L, 512 images on v5e:4x4), and the latents' error doubles (9.5e-3 for 4.9e-3).
