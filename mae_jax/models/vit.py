@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.models.attention import attention, is_stacked
+from mae_jax.models.attention import attention, is_stacked, stacked_attention
 from mae_jax.models.gelu import gelu
 from mae_jax.models.masking import take_tokens
 from mae_jax.models.patches import patchify
@@ -155,7 +155,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
         head_dim = d // self.heads
-        stacked = is_stacked(self.attention, x.shape[-2], d, self.heads)
+        tokens = x.shape[-2]
+        stacked = not self.bias_grid and is_stacked(self.attention, tokens, d, self.heads)
         shape = (d,) if stacked else (self.heads, head_dim)
         kernel, bias = Linear(3 * d, name="qkv")(d)
         kernel = kernel.astype(self.dtype).reshape(d, 3, *shape)
@@ -168,8 +169,11 @@ class Attention(nn.Module):
             table = self.param("relative_bias", nn.initializers.zeros, (rows, self.heads))
             relative = relative_bias(jnp.asarray(table, jnp.float32), self.bias_grid)
         # [B, N, heads, head_dim] each, or [B, N, D], whichever way tokens are grouped
-        q, k, v = (y.reshape(-1, x.shape[-2], *shape) for y in (q, k, v))
-        y = attention(q, k, v, relative, self.attention, head_dim)
+        q, k, v = (y.reshape(-1, tokens, *shape) for y in (q, k, v))
+        if stacked:
+            y = stacked_attention(q, k, v, head_dim)
+        else:
+            y = attention(q, k, v, relative, self.attention)
         kernel, bias = Linear(d, name="proj")(d)
         kernel = kernel.astype(self.dtype).reshape(*shape, d)
         y = product(y.reshape(*x.shape[:-1], *shape), kernel, self.result, contracted=len(shape))

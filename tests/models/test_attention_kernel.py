@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mae_jax import UserError
-from mae_jax.models.attention import attention
+from mae_jax.models.attention import attention, stacked_attention
 from mae_jax.models.attention_kernel import VMEM_BYTES, WORKING_BYTES, pieces
 from mae_jax.models.vit import VARIANTS, Blocks
 from mae_jax.planning.chips import parse_pod
@@ -33,7 +33,7 @@ def with_gradients(kind, q, k, v, cotangent):
         if kind != "stacked":
             return attention(*factors, kind=kind)
         flat = (x.reshape(*x.shape[:2], -1) for x in factors)
-        return attention(*flat, kind="kernel", head_dim=q.shape[-1]).reshape(q.shape)
+        return stacked_attention(*flat, q.shape[-1]).reshape(q.shape)
 
     out, backward = jax.vjp(compute, q, k, v)
     return [out, *backward(cotangent)]
@@ -120,11 +120,12 @@ def test_each_number_of_tokens_has_its_kernel(variant, tokens, kernel):
     assert kernel is None or f"name={kernel}\n" in text
 
 
-@pytest.mark.parametrize("shape", [{}, FEW])
-def test_relative_biases_are_refused(shape):
-    q, k, v, _ = arrays(jnp.float32, **shape)
+@pytest.mark.parametrize("grid", [(7, 7), (14, 14)])
+def test_relative_biases_are_refused(grid):
+    x = jax.ShapeDtypeStruct((2, 1 + grid[0] * grid[1], 128), jnp.float32)
+    model = Blocks(1, 2, jnp.float32, bias_grid=grid, attention="kernel")
     with pytest.raises(ValueError, match="no relative biases"):
-        attention(q, k, v, jnp.zeros((q.shape[2], q.shape[1], q.shape[1])), "kernel")
+        jax.eval_shape(model.init, jax.random.key(0), x)
 
 
 @pytest.mark.parametrize("units", [1, 7, 24, 768, 1024])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from mae_jax import UserError
-from mae_jax.models.attention import attention
+from mae_jax.models.attention import attention, stacked_attention
 from mae_jax.planning import bundles, cost, program
 from mae_jax.planning.chips import CHIPS, parse_pod
 from mae_jax.planning.program import Instruction, Kernel, Program
@@ -28,7 +28,8 @@ def test_kernels_of_a_compiled_program_are_counted(libtpu, given, name, shape, w
     x = jax.ShapeDtypeStruct(given, jnp.bfloat16, sharding=here)
 
     def loss(*x):
-        return (attention(*x, kind="kernel", head_dim=64) ** 2).sum()
+        out = stacked_attention(*x, 64) if len(given) == 3 else attention(*x, kind="kernel")
+        return (out**2).sum()
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=here).lower(x, x, x)
     read = program.compile_and_read(lowered)[1]
