@@ -13,7 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.attention_kernel import WORKING_BYTES, divisor, each, launch, product
+from mae_jax.models.attention_kernel import (
+    VMEM_BYTES,
+    WORKING_BYTES,
+    divisor,
+    each,
+    launch,
+    product,
+)
 
 LANES = 128
 ROWS = 16  # of a tile, of numbers of two bytes
@@ -46,19 +53,21 @@ def run(name: str, head_dim: int, *arrays: jax.Array) -> list[jax.Array]:
     [B, N, D], some images and 128 lanes at a time; arrays like them."""
     kernel, _, results = KERNELS[name]
     images, tokens, _ = arrays[0].shape
-    together, rounds = pieces(images, tokens, head_dim)
+    together, rounds = pieces(images, tokens, head_dim, arrays[0].dtype.itemsize)
     kernel = functools.partial(kernel, head_dim=head_dim, together=together)
     piece = together * rounds, tokens, LANES
     return launch(f"{name}_{head_dim}", kernel, arrays, results, piece)
 
 
-def pieces(images: int, tokens: int, head_dim: int) -> tuple[int, int]:
+def pieces(images: int, tokens: int, head_dim: int, itemsize: int) -> tuple[int, int]:
     """(images side by side, rounds of these in a piece of the grid)."""
     rows = -(-tokens // ROWS) * ROWS
-    lanes = -(-rows // head_dim) * LANES
-    working = rows * lanes * (3 * 4 + 2 * 2)  # three arrays float32, two rounded
+    lanes = -(-rows // head_dim) * LANES  # of [keys, queries of all heads]
+    working = rows * lanes * (3 * 4 + 2 * 2)  # three such float32, two rounded
     together = divisor(images, min(SIDE_BY_SIDE, WORKING_BYTES // working))
-    return together, divisor(images // together, ROUNDS)
+    arrays = 2 * 7 * together * rows * LANES * itemsize  # four in, three out, and the next piece's
+    most = min(ROUNDS, (VMEM_BYTES - WORKING_BYTES) // arrays)
+    return together, divisor(images // together, most)
 
 
 def _own_lanes(head_dim: int) -> list[jax.Array]:

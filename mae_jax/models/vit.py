@@ -153,9 +153,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        d = x.shape[-1]
+        tokens, d = x.shape[-2:]
         head_dim = d // self.heads
-        tokens = x.shape[-2]
         stacked = not self.bias_grid and is_stacked(self.attention, tokens, d, self.heads)
         shape = (d,) if stacked else (self.heads, head_dim)
         kernel, bias = Linear(3 * d, name="qkv")(d)

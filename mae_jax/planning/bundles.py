@@ -62,8 +62,8 @@ def _known(name: str) -> Known:
         run = functools.partial(stacked_attention_kernel.run, stacked, int(head_dim))
         arguments = stacked_attention_kernel.KERNELS[stacked][1]
 
-        def pieces(images: int, tokens: int, *_: int) -> tuple[int, int]:
-            return stacked_attention_kernel.pieces(images, tokens, int(head_dim))
+        def pieces(images: int, tokens: int, _: int, itemsize: int) -> tuple[int, int]:
+            return stacked_attention_kernel.pieces(images, tokens, int(head_dim), itemsize)
 
         return Known(run, arguments, pieces)
     run = functools.partial(attention_kernel.run, name)

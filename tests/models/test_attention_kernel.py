@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mae_jax import UserError
+from mae_jax.models import stacked_attention_kernel
 from mae_jax.models.attention import attention, stacked_attention
 from mae_jax.models.attention_kernel import VMEM_BYTES, WORKING_BYTES, pieces
 from mae_jax.models.vit import VARIANTS, Blocks
@@ -137,6 +138,18 @@ def test_pieces_divide_the_heads_and_fit_into_the_chip(units, size):
     lanes = -(-n // 128) * 128
     assert together == 1 or 16 * together * n * n <= WORKING_BYTES
     read_and_written = 2 * 7 * 2 * together * rounds * d * lanes
+    assert rounds == 1 or read_and_written <= VMEM_BYTES - WORKING_BYTES
+
+
+@pytest.mark.parametrize("images", [1, 7, 24, 64, 1024])
+@pytest.mark.parametrize("size", [(50, 64, 2), (50, 64, 4), (128, 64, 2), (128, 32, 4)])
+def test_pieces_of_few_tokens_divide_the_images_and_fit_into_the_chip(images, size):
+    n, d, itemsize = size
+    together, rounds = stacked_attention_kernel.pieces(images, n, d, itemsize)
+    assert images % (together * rounds) == 0
+    queries = -(-128 // d * n // 128) * 128
+    assert together == 1 or 16 * together * n * queries <= WORKING_BYTES
+    read_and_written = 2 * 7 * together * rounds * n * 128 * itemsize
     assert rounds == 1 or read_and_written <= VMEM_BYTES - WORKING_BYTES
 
 
