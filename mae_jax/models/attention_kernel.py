@@ -82,12 +82,15 @@ def launch(
 
 def pieces(units: int, d: int, n: int, itemsize: int) -> tuple[int, int]:
     """(heads side by side, rounds of these in a piece of the grid) for `units` of [d, n]."""
+    return divided(units, _working_bytes(n), padded(d, n) * itemsize, ROUNDS)
 
-    together = divisor(units, min(SIDE_BY_SIDE, WORKING_BYTES // _working_bytes(n)))
-    arrays = (
-        2 * 7 * together * _padded(d, n) * itemsize
-    )  # four in, three out, this piece's and next
-    return together, divisor(units // together, min(ROUNDS, (VMEM_BYTES - WORKING_BYTES) // arrays))
+
+def divided(units: int, working_bytes: int, array_bytes: int, rounds: int) -> tuple[int, int]:
+    """(units side by side, rounds of these in a piece of the grid, no more than `rounds`), of
+    units that take so many bytes to work on, and so many in each array."""
+    together = divisor(units, min(SIDE_BY_SIDE, WORKING_BYTES // working_bytes))
+    arrays = 2 * 7 * together * array_bytes  # four in, three out, this piece's and the next one's
+    return together, divisor(units // together, min(rounds, (VMEM_BYTES - WORKING_BYTES) // arrays))
 
 
 def divisor(number: int, most: int) -> int:
@@ -97,10 +100,10 @@ def divisor(number: int, most: int) -> int:
 
 def _working_bytes(n: int) -> int:
     """That the way back keeps of a head at a time: three arrays [N, N] float32, two rounded."""
-    return _padded(n, n) * (3 * 4 + 2 * 2)
+    return padded(n, n) * (3 * 4 + 2 * 2)
 
 
-def _padded(rows: int, lanes: int) -> int:
+def padded(rows: int, lanes: int) -> int:
     """Numbers that an array [rows, lanes] has room for in the chip's memory."""
     sizes = zip((rows, lanes), TILE, strict=True)
     return math.prod(math.ceil(size / tile) * tile for size, tile in sizes)

@@ -13,20 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.attention_kernel import (
-    VMEM_BYTES,
-    WORKING_BYTES,
-    divisor,
-    each,
-    launch,
-    product,
-)
+from mae_jax.models.attention_kernel import TILE, divided, each, launch, padded, product
 
-LANES = 128
-ROWS = 16  # of a tile, of numbers of two bytes
-# Images computed side by side, so that the steps of one fill the gaps of others (v5e, 50 tokens,
-# cycles a head, forwards and backwards: 229 by four, 150 by eight, 120 by sixteen, 114 by 32).
-SIDE_BY_SIDE = 16
+ROWS, LANES = TILE
+# Of images computed side by side the steps of one fill the gaps of others (v5e, 50 tokens, cycles
+# a head, forwards and backwards: 229 by four, 150 by eight, 120 by sixteen, 114 by 32).
 ROUNDS = 2  # of them in one piece of the grid, while the next is read
 
 
@@ -61,13 +52,10 @@ def run(name: str, head_dim: int, *arrays: jax.Array) -> list[jax.Array]:
 
 def pieces(images: int, tokens: int, head_dim: int, itemsize: int) -> tuple[int, int]:
     """(images side by side, rounds of these in a piece of the grid)."""
-    rows = -(-tokens // ROWS) * ROWS
-    lanes = -(-rows // head_dim) * LANES  # of [keys, queries of all heads]
-    working = rows * lanes * (3 * 4 + 2 * 2)  # three such float32, two rounded
-    together = divisor(images, min(SIDE_BY_SIDE, WORKING_BYTES // working))
-    arrays = 2 * 7 * together * rows * LANES * itemsize  # four in, three out, and the next piece's
-    most = min(ROUNDS, (VMEM_BYTES - WORKING_BYTES) // arrays)
-    return together, divisor(images // together, most)
+    rows = tokens + -tokens % ROWS
+    queries = LANES // head_dim * rows  # of all heads
+    working = padded(tokens, queries) * (3 * 4 + 2 * 2)  # [keys, queries]: 3 float32, 2 rounded
+    return divided(images, working, padded(tokens, LANES) * itemsize, ROUNDS)
 
 
 def _own_lanes(head_dim: int) -> list[jax.Array]:

@@ -105,8 +105,8 @@ def compile_alone(chip: str, name: str, *numbers: str) -> None:
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=here)
     known = _known(name)
     as_read = Format(Layout((0, 1, 2)), here)  # a copy before the kernel may end the count
-    compiled = jax.jit(known.run, in_shardings=as_read, out_shardings=as_read)
-    compiled.lower(*[array] * known.arguments).compile()
+    alone = jax.jit(known.run, in_shardings=as_read, out_shardings=as_read)
+    alone.lower(*[array] * known.arguments).compile()
 
 
 if __name__ == "__main__":
